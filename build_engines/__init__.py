@@ -1,0 +1,1 @@
+"""Released checkpoints to engines: read, export, compile, verify."""

@@ -1,0 +1,202 @@
+"""An engine directory, made: load, cut into networks, export, describe, and only then give it its name."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from causal_forcing.build_engines.export import export_program, save_onnx, save_program
+from causal_forcing.build_engines.model_loading import ModelSource
+from causal_forcing.build_engines.networks import (
+    Network,
+    decoder_networks,
+    dit_networks,
+    encoder_networks,
+    text_network,
+)
+from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.errors import BuildLockedError, OutputError
+from causal_forcing.runtime.loading import TOKENIZER_FOLDER
+from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files
+from causal_forcing.runtime.schedule import plan_denoising
+from causal_forcing.runtime.spec import Variant
+
+ALL_PARTS = ("dit", "vae", "text_encoder")
+"""Models that an engine's networks are cut from."""
+
+_ARTEFACT_SUFFIX = {"onnxruntime": ".onnx", "torch": ".pt2"}
+
+Progress = Callable[[str], None]
+"""Called with a network's name when its export begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildJob:
+    """Everything a build needs."""
+
+    config: EngineConfig
+    """What to build."""
+    source: ModelSource
+    """Where weights come from."""
+    tokenizer: Path | None = None
+    """Folder with `tokenizer.json`; None writes the byte tokenizer of the random models."""
+    parts: tuple[str, ...] = ALL_PARTS
+    """Models to include; engines without text encoder or decoder serve embeddings and latents."""
+    provenance: dict[str, Any] | None = None
+    """Recorded in the manifest: weight files and their hashes."""
+
+
+def network_names(variant: Variant, parts: tuple[str, ...] = ALL_PARTS) -> list[str]:
+    """Return the names of the networks that a build makes, in order."""
+    names: list[str] = []
+    if "dit" in parts:
+        names += ["timestep_modulation", "prompt_kv", "dit_step", "dit_context"]
+    if "vae" in parts:
+        names += ["vae_decoder_first", "vae_decoder"]
+        if variant.takes_image:
+            names += ["vae_encoder_first", "vae_encoder"]
+    if "text_encoder" in parts:
+        names += ["text_encoder"]
+    return names
+
+
+def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None) -> Manifest:
+    """Build an engine directory.
+
+    The directory appears under its name only when it is complete: a build that fails or is killed leaves nothing but a
+    hidden folder, which the next build of the same engine removes.
+
+    Args:
+        job: What to build, from what.
+        folder: The directory to make; an existing one is replaced at the very end.
+        progress: Told each network's name as its export begins.
+
+    Raises:
+        BuildLockedError: Another process builds the same directory.
+        OutputError: The directory cannot be written.
+    """
+    with _locked(folder), _writing(folder) as partial:
+        started_s = time.monotonic()
+        networks, artefacts, seconds = [], {}, {}
+        for network in cut_networks(job):
+            progress(network.spec.name)
+            network_started_s = time.monotonic()
+            artefacts[network.spec.name] = _save(network, job.config, partial)
+            seconds[network.spec.name] = round(time.monotonic() - network_started_s, 3)
+            networks.append(network.spec)
+        if "text_encoder" in job.parts:
+            _write_tokenizer(job, partial / TOKENIZER_FOLDER)
+        manifest = Manifest(
+            config=job.config,
+            networks=tuple(networks),
+            artefacts=artefacts,
+            files=describe_files(partial),
+            build={
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "seconds": round(time.monotonic() - started_s, 3),
+                "network_seconds": seconds,
+                "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
+                **(job.provenance or {}),
+            },
+        )
+        manifest.write(partial)
+        return manifest
+
+
+def cut_networks(job: BuildJob) -> Iterator[Network]:
+    """Yield the job's networks, one model in memory at a time."""
+    config = job.config
+    geometry, variant = config.geometry, config.variant
+    wanted = network_names(variant, job.parts)
+    if "dit" in job.parts:
+        timesteps = plan_denoising(
+            shift=variant.timestep_shift,
+            steps=variant.denoising_steps,
+            first_chunk_steps=variant.first_chunk_denoising_steps,
+            context_timestep=variant.context_timestep,
+            warp=variant.warp_steps,
+        ).timesteps
+        yield from dit_networks(job.source.dit(), geometry, precision=config.dtype, timesteps=len(timesteps))
+        gc.collect()
+    if "vae" in job.parts:
+        vae = job.source.vae()
+        yield from decoder_networks(vae, geometry, precision=config.dtype)
+        if "vae_encoder" in wanted:
+            yield from encoder_networks(vae, geometry, precision=config.dtype)
+        del vae
+        gc.collect()
+    if "text_encoder" in job.parts:
+        yield text_network(job.source.text_encoder(), variant.model.dit, geometry, precision=config.dtype)
+
+
+def _save(network: Network, config: EngineConfig, folder: Path) -> str:
+    """Export one network into the folder; returns its file's name."""
+    name = network.spec.name + _ARTEFACT_SUFFIX[config.backend]
+    program = export_program(network)
+    if config.backend == "torch":
+        save_program(program, folder / name)
+    else:
+        geometry = config.geometry
+        writes = 1 if geometry.ring_is_chunk_aligned else geometry.chunk_frames
+        save_onnx(program, network, folder / name, cache_writes=writes)
+    return name
+
+
+def _write_tokenizer(job: BuildJob, folder: Path) -> None:
+    if job.tokenizer is None:
+        write_byte_tokenizer(folder)
+        return
+    folder.mkdir()
+    for path in job.tokenizer.iterdir():
+        if path.suffix in (".json", ".model"):
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the build lock of a directory; it goes with the process that held it, however that ends."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
+        with lock.acquire(timeout=0):
+            yield
+    except filelock.Timeout:
+        raise BuildLockedError(
+            f"another process is building {folder}: wait for it, or stop it and run the same command again"
+        ) from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `folder` that takes its name if all goes well."""
+    for stale in folder.parent.glob(f".{folder.name}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        assert (partial / MANIFEST_NAME).exists(), "a build ends by writing its manifest"
+        replaced = folder.parent / f".{folder.name}.partial-replaced"
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cannot_write(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose --output FOLDER")

@@ -1,0 +1,90 @@
+"""Torch modules to exported programs, and those to ONNX files that carry the op's function body."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+
+from causal_forcing.build_engines.networks import Network, example_inputs
+from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
+from causal_forcing.plugins.onnx_function import OPSET, function_body, translation_table
+
+IR_VERSION = 11
+"""ONNX IR of opset 24's era; the exporter writes 10."""
+
+EXTERNAL_DATA_BYTES = 1 << 30
+"""Weights above this go to a file of their own: protobuf ends at 2 GiB."""
+
+
+def export_program(network: Network) -> torch.export.ExportedProgram:
+    """Trace a network with static shapes; caches in and out, nothing mutated."""
+    with torch.no_grad(), _quiet():
+        return torch.export.export(network.module.eval(), example_inputs(network.spec), strict=False)
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported program, weights included, as `.pt2`."""
+    with _quiet():
+        torch.export.save(program, path)
+
+
+def save_onnx(program: torch.export.ExportedProgram, network: Network, path: Path, *, cache_writes: int) -> None:
+    """Translate an exported program to ONNX opset 24 and write it, checked.
+
+    Args:
+        program: The network's program; emptied of its weights' only other reference by the caller if memory is short.
+        network: Names of inputs and outputs.
+        path: File to write; large weights go to `path` + `.data` beside it.
+        cache_writes: See `plugins.onnx_function.function_body`.
+    """
+    spec = network.spec
+    with torch.no_grad(), _quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=dict(translation_table()),
+            input_names=[io_tensor.name for io_tensor in spec.inputs],
+            output_names=[io_tensor.name for io_tensor in spec.outputs],
+            optimize=True,
+            verbose=False,
+        )
+    assert exported is not None, "the dynamo exporter returns a program"
+    model = exported.model
+    model.ir_version = IR_VERSION
+    if any(node.domain == DOMAIN and node.op_type == ONNX_NAME for node in model.graph):
+        model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir_function(cache_writes)
+    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    with _quiet():
+        exported.save(path, external_data=weight_bytes > EXTERNAL_DATA_BYTES)
+    onnx.checker.check_model(str(path), full_check=weight_bytes <= EXTERNAL_DATA_BYTES)
+
+
+def onnx_ir_function(cache_writes: int) -> object:
+    """Return the op's function body in the exporter's own representation."""
+    import onnx_ir  # comes with onnxscript
+
+    return onnx_ir.from_proto(function_body(writes=cache_writes))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress talk and its warnings about itself off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The networks as torch modules, shaped for export: every state is an explicit input and output."""

@@ -1,0 +1,294 @@
+"""The causal Wan DiT, shaped for export: caches, slots, modulation and RoPE phases are inputs.
+
+One set of parameters (`CausalDiT`, upstream's key names) serves four exported networks: `TimestepModulation` (once, the
+schedule is fixed), `PromptKV` (once a prompt), `DiTStep` (every denoising pass) and `DiTContext` (once a chunk).
+
+Source of the maths: thu-ml/Causal-Forcing@1fc7bbc wan/modules/causal_model.py and wan/modules/model.py. We differ in
+form only: the timestep's modulation, the prompt's keys and values and the RoPE phases are computed outside the pass, and
+the cache is a ring that nothing shifts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from causal_forcing.plugins.torch_op import kv_cache_attention
+from causal_forcing.runtime.spec import DiTSpec
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, all heads together; statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last axis of `x`, any dtype."""
+        x_fp32 = x.float()
+        normalised = x_fp32 * torch.rsqrt(x_fp32.square().mean(dim=-1, keepdim=True) + self.eps)
+        return normalised.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections and norms that self- and cross-attention have in common."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.scale = spec.head_dim**-0.5
+        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn [B, L, N·D] into [B, N, L, D]."""
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def merge_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn [B, N, L, D] into [B, L, N·D]."""
+        return x.transpose(1, 2).flatten(2)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Project [B, L, dim] to normalised queries [B, N, L, D]."""
+        return self.split_heads(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project [B, L, dim] to normalised keys and raw values, each [B, N, L, D]."""
+        return self.split_heads(self.norm_k(self.k(x))), self.split_heads(self.v(x))
+
+
+class Layer(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
+        self.self_attn = Attention(spec)
+        self.norm3 = nn.LayerNorm(spec.dim, spec.eps)
+        self.cross_attn = Attention(spec)
+        self.norm2 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_dim, spec.dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, spec.dim))
+
+    def attend_self(
+        self,
+        x: torch.Tensor,
+        modulation: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        caches: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        valid_slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Write the chunk's keys and values and attend; returns (attention [B, N, L, D], k_cache, v_cache)."""
+        shift, scale = modulation[0], modulation[1]
+        normed = self.norm1(x) * (1 + scale) + shift
+        q = rotate(self.self_attn.queries(normed), *rope)
+        k, v = self.self_attn.keys_values(normed)
+        return kv_cache_attention(q, rotate(k, *rope), v, *caches, slots, valid_slots, self.self_attn.scale)
+
+    def finish(
+        self, x: torch.Tensor, attention: torch.Tensor, modulation: torch.Tensor, cross: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Add self-attention, cross-attention and feed-forward to the residual stream [B, L, dim]."""
+        _, _, gate_attention, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
+        x = x + gate_attention * self.self_attn.o(self.self_attn.merge_heads(attention))
+        queries = self.cross_attn.queries(self.norm3(x))
+        # Padding rows of the prompt take part: upstream passes no mask and no lengths.
+        attended = F.scaled_dot_product_attention(queries, *cross, scale=self.cross_attn.scale)
+        x = x + self.cross_attn.o(self.cross_attn.merge_heads(attended))
+        return x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
+
+
+class Head(nn.Module):
+    """Final norm, modulation and projection to patches."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
+        self.head = nn.Linear(spec.dim, spec.latent_channels * spec.patch_size**2)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, spec.dim))
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """Project [B, L, dim] to patches [B, L, p·p·C]."""
+        shift, scale = modulation[0], modulation[1]
+        patches: torch.Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        return patches
+
+
+class CausalDiT(nn.Module):
+    """All parameters of the causal Wan DiT under upstream's names (without its `model.` prefix)."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        patch = (1, spec.patch_size, spec.patch_size)
+        self.patch_embedding = nn.Conv3d(spec.latent_channels, spec.dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(spec.text_dim, spec.dim), nn.GELU(approximate="tanh"), nn.Linear(spec.dim, spec.dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(spec.freq_dim, spec.dim), nn.SiLU(), nn.Linear(spec.dim, spec.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(spec.dim, 6 * spec.dim))
+        self.blocks = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.head = Head(spec)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The transformer layers, in order."""
+        return [layer for layer in self.blocks if isinstance(layer, Layer)]
+
+    def embed(self, latent: torch.Tensor) -> torch.Tensor:
+        """Turn a latent chunk [B, F, C, h, w] into tokens [B, L, dim]: frame, row, column."""
+        tokens: torch.Tensor = self.patch_embedding(latent.transpose(1, 2))
+        return tokens.flatten(2).transpose(1, 2)
+
+    def unpatchify(self, patches: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """Arrange patches [B, L, p·p·C], channel fastest, in the shape of `latent` [B, F, C, h, w]."""
+        batch, frames, channels, height, width = latent.shape
+        p = self.spec.patch_size
+        grid = patches.reshape(batch, frames, height // p, width // p, p, p, channels)
+        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, channels, height, width)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to interleaved pairs.
+
+    Args:
+        x: [B, N, L, D], any dtype; rotated in fp32.
+        cos: [L, D/2] fp32.
+        sin: [L, D/2] fp32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+class TimestepModulation(nn.Module):
+    """Timesteps to the modulation of every layer and of the head."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.time_embedding, self.time_projection = dit.time_embedding, dit.time_projection
+        self.layer_modulation = nn.ParameterList(layer.modulation for layer in dit.layers)
+        self.head_modulation = dit.head.modulation
+
+    def forward(self, timestep_embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the modulation tables.
+
+        Args:
+            timestep_embedding: [timesteps, freq_dim] fp32, from `runtime.schedule.timestep_embedding`.
+
+        Returns:
+            Layers [timesteps, layers, 6, dim] (shift, scale, gate of self-attention, then of the feed-forward) and head
+            [timesteps, 2, dim] (shift, scale).
+        """
+        embedding = self.time_embedding(timestep_embedding.to(self.head_modulation.dtype))
+        projection = self.time_projection(embedding).unflatten(-1, (1, 6, -1))
+        return torch.cat(list(self.layer_modulation)) + projection, self.head_modulation + embedding[:, None]
+
+
+class PromptKV(nn.Module):
+    """A prompt embedding to every layer's cross-attention keys and values."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.text_embedding = dit.text_embedding
+        self.cross_attn = nn.ModuleList(layer.cross_attn for layer in dit.layers)
+
+    def forward(self, prompt_embeds: torch.Tensor) -> Tensors:
+        """Project [B, text_len, text_dim] to (k, v) of each layer in turn, each [B, N, text_len, D]."""
+        text = self.text_embedding(prompt_embeds)
+        outputs: list[torch.Tensor] = []
+        for attention in self.cross_attn:
+            assert isinstance(attention, Attention), "cross_attn holds the layers' attention modules"
+            outputs += attention.keys_values(text)
+        return tuple(outputs)
+
+
+class DiTStep(nn.Module):
+    """One denoising pass: a noisy chunk to its flow; leaves the chunk's keys and values in the cache."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        layer_modulation: torch.Tensor,
+        head_modulation: torch.Tensor,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        slots: torch.Tensor,
+        valid_slots: torch.Tensor,
+        *cross_and_caches: torch.Tensor,
+    ) -> Tensors:
+        """Run the pass.
+
+        Args:
+            latent: [B, F, C, h, w].
+            layer_modulation: [layers, 6, dim], of the pass's timestep.
+            head_modulation: [2, dim], of the pass's timestep.
+            rope_cos: [L, D/2] fp32.
+            rope_sin: [L, D/2] fp32.
+            slots: [F] int32, first cache slot of each frame.
+            valid_slots: [B] int32, slots attended to.
+            *cross_and_caches: Cross-attention k, v of each layer in turn, each [B, N, text_len, D]; then k_cache, v_cache
+                of each layer in turn, each [B, N, S, D].
+
+        Returns:
+            Flow [B, F, C, h, w], then the caches in their order.
+        """
+        layers = self.dit.layers
+        cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
+        x = self.dit.embed(latent)
+        caches_out: list[torch.Tensor] = []
+        for index, layer in enumerate(layers):
+            modulation = layer_modulation[index]
+            attention, *written = layer.attend_self(
+                x, modulation, (rope_cos, rope_sin), caches[index], slots, valid_slots
+            )
+            x = layer.finish(x, attention, modulation, cross[index])
+            caches_out += written
+        return (self.dit.unpatchify(self.dit.head(x, head_modulation), latent), *caches_out)
+
+
+class DiTContext(nn.Module):
+    """The context pass: a clean chunk's keys and values into the cache, and nothing after the last layer's."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        layer_modulation: torch.Tensor,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        slots: torch.Tensor,
+        valid_slots: torch.Tensor,
+        *cross_and_caches: torch.Tensor,
+    ) -> Tensors:
+        """Run the pass; arguments as in `DiTStep`, but cross-attention of all layers but the last. Returns the caches."""
+        *layers, last = self.dit.layers
+        cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
+        rope = (rope_cos, rope_sin)
+        x = self.dit.embed(latent)
+        caches_out: list[torch.Tensor] = []
+        for index, layer in enumerate(layers):
+            modulation = layer_modulation[index]
+            attention, *written = layer.attend_self(x, modulation, rope, caches[index], slots, valid_slots)
+            x = layer.finish(x, attention, modulation, cross[index])
+            caches_out += written
+        _, *written = last.attend_self(x, layer_modulation[-1], rope, caches[-1], slots, valid_slots)
+        return (*caches_out, *written)
+
+
+def _pairs(tensors: Tensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(tensors[0::2], tensors[1::2], strict=True))

@@ -1,0 +1,313 @@
+"""The streaming Wan VAE, shaped for export: convolution caches are inputs and outputs, all shapes are static.
+
+One set of parameters (`WanVAE`, upstream's key names) serves four exported networks: `VAEDecoderFirst` and
+`VAEDecoder`, `VAEEncoderFirst` and `VAEEncoder`. The first chunk of a clip has its own network because it has no past,
+and because its first latent frame stands for one pixel frame instead of four. Each holds only its half of the
+parameters.
+
+Source of the maths: thu-ml/Causal-Forcing@1fc7bbc wan/modules/vae.py and utils/wan_wrapper.py (WanVAEWrapper). We
+differ in form only: a call decodes a whole chunk, and there is no hidden state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from causal_forcing.build_engines.models.vae_layers import (
+    CONV_PAST_FRAMES,
+    ConvCaches,
+    Downsample,
+    Head,
+    Middle,
+    ResidualBlock,
+    Upsample,
+    causal_conv3d,
+)
+from causal_forcing.runtime.spec import VAESpec
+
+Tensors = tuple[torch.Tensor, ...]
+Shapes = tuple[tuple[int, ...], ...]
+
+RGB_CHANNELS = 3
+"""Channels of a pixel."""
+
+MIDDLE_CONVS = 4
+"""Cached convolutions of `Middle`, all of its width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Residual blocks at one resolution, and the change of resolution after them."""
+
+    in_channels: int
+    """Channels that the first block takes."""
+    out_channels: int
+    """Channels that every block gives."""
+    blocks: int
+    """Residual blocks."""
+    resamples_space: bool
+    """Whether height and width change after the blocks."""
+    resamples_time: bool
+    """Whether the frame rate changes too."""
+
+    def block_channels(self) -> list[tuple[int, int]]:
+        """Return each block's input and output channels."""
+        inputs = [self.in_channels] + [self.out_channels] * (self.blocks - 1)
+        return [(channels, self.out_channels) for channels in inputs]
+
+    def conv_channels(self) -> list[int]:
+        """Return the input channels of the blocks' cached convolutions, two a block."""
+        return [channels for pair in self.block_channels() for channels in pair]
+
+
+def encoder_stages(spec: VAESpec) -> tuple[Stage, ...]:
+    """Return the encoder's stages, finest first."""
+    widths = [spec.base_dim * multiple for multiple in (1, *spec.dim_mult)]
+    in_time = (*spec.temporal_downsample, False)
+    return tuple(
+        Stage(
+            in_channels=widths[index],
+            out_channels=widths[index + 1],
+            blocks=spec.num_res_blocks,
+            resamples_space=index < len(spec.dim_mult) - 1,
+            resamples_time=in_time[index],
+        )
+        for index in range(len(spec.dim_mult))
+    )
+
+
+def decoder_stages(spec: VAESpec) -> tuple[Stage, ...]:
+    """Return the decoder's stages, coarsest first. An upsampling halves the channels that the next stage takes."""
+    widths = [spec.base_dim * multiple for multiple in (spec.dim_mult[-1], *reversed(spec.dim_mult))]
+    in_time = (*reversed(spec.temporal_downsample), False)
+    return tuple(
+        Stage(
+            in_channels=widths[index] if index == 0 else widths[index] // 2,
+            out_channels=widths[index + 1],
+            blocks=spec.num_res_blocks + 1,
+            resamples_space=index < len(spec.dim_mult) - 1,
+            resamples_time=in_time[index],
+        )
+        for index in range(len(spec.dim_mult))
+    )
+
+
+def decoder_cache_shapes(spec: VAESpec, batch: int, latent_height: int, latent_width: int) -> Shapes:
+    """Return the shapes [B, C, 2, H, W] of the decoder's caches, in the order of its inputs and outputs."""
+    stages = decoder_stages(spec)
+    height, width = latent_height, latent_width
+    entry = [spec.latent_channels] + [stages[0].in_channels] * MIDDLE_CONVS
+    shapes = [(batch, channels, CONV_PAST_FRAMES, height, width) for channels in entry]
+    for stage in stages:
+        convs = stage.conv_channels() + [stage.out_channels] * stage.resamples_time
+        shapes += [(batch, channels, CONV_PAST_FRAMES, height, width) for channels in convs]
+        if stage.resamples_space:
+            height, width = 2 * height, 2 * width
+    shapes.append((batch, stages[-1].out_channels, CONV_PAST_FRAMES, height, width))
+    return tuple(shapes)
+
+
+def encoder_cache_shapes(spec: VAESpec, batch: int, latent_height: int, latent_width: int) -> Shapes:
+    """Return the shapes of the encoder's caches, in the order of its inputs and outputs.
+
+    [B, C, 2, H, W], except that a temporal downsampling keeps one frame: [B, C, 1, H, W].
+    """
+    stages = encoder_stages(spec)
+    stride = 2 ** sum(stage.resamples_space for stage in stages)
+    height, width = stride * latent_height, stride * latent_width
+    shapes = [(batch, RGB_CHANNELS, CONV_PAST_FRAMES, height, width)]
+    for stage in stages:
+        shapes += [(batch, channels, CONV_PAST_FRAMES, height, width) for channels in stage.conv_channels()]
+        if stage.resamples_space:
+            height, width = height // 2, width // 2
+        if stage.resamples_time:
+            shapes.append((batch, stage.out_channels, 1, height, width))
+    exit_convs = MIDDLE_CONVS + 1
+    shapes += [(batch, stages[-1].out_channels, CONV_PAST_FRAMES, height, width)] * exit_convs
+    return tuple(shapes)
+
+
+class Decoder(nn.Module):
+    """Latent features to pixels."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        stages = decoder_stages(spec)
+        self.conv1 = causal_conv3d(spec.latent_channels, stages[0].in_channels)
+        self.middle = Middle(stages[0].in_channels)
+        self.upsamples = nn.ModuleList()
+        for stage in stages:
+            self.upsamples.extend(ResidualBlock(*channels) for channels in stage.block_channels())
+            if stage.resamples_space:
+                self.upsamples.append(Upsample(stage.out_channels, in_time=stage.resamples_time))
+        self.head = Head(stages[-1].out_channels, RGB_CHANNELS)
+
+    def forward(self, z: torch.Tensor, caches: ConvCaches) -> torch.Tensor:
+        """Return [B, 3, T, H, W] for `z` [B, C, F, h, w]."""
+        x = self.middle(self.conv1(caches.prepend(z)), caches)
+        for layer in self.upsamples:
+            x = layer(x, caches)
+        pixels: torch.Tensor = self.head(x, caches)
+        return pixels
+
+
+class Encoder(nn.Module):
+    """Pixels to the mean and log-variance of latents, before their 1×1×1 convolution."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        stages = encoder_stages(spec)
+        self.conv1 = causal_conv3d(RGB_CHANNELS, stages[0].in_channels)
+        self.downsamples = nn.ModuleList()
+        for stage in stages:
+            self.downsamples.extend(ResidualBlock(*channels) for channels in stage.block_channels())
+            if stage.resamples_space:
+                self.downsamples.append(Downsample(stage.out_channels, in_time=stage.resamples_time))
+        self.middle = Middle(stages[-1].out_channels)
+        self.head = Head(stages[-1].out_channels, 2 * spec.latent_channels)
+
+    def forward(self, x: torch.Tensor, caches: ConvCaches) -> torch.Tensor:
+        """Return [B, 2C, 1, h, w] for `x` [B, 3, T, H, W]; T is 1 where the clip starts, 4 after."""
+        x = self.conv1(caches.prepend(x))
+        for layer in self.downsamples:
+            x = layer(x, caches)
+        moments: torch.Tensor = self.head(self.middle(x, caches), caches)
+        return moments
+
+
+class WanVAE(nn.Module):
+    """All parameters of the VAE under upstream's names; the networks below borrow from it what they run."""
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.conv1 = nn.Conv3d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        self.conv2 = nn.Conv3d(spec.latent_channels, spec.latent_channels, 1)
+        self.decoder = Decoder(spec)
+
+
+class LatentScale(nn.Module):
+    """Normalise latents, and undo it.
+
+    The constants take the dtype of the VAE before the reciprocal is formed, as upstream's do: it matters in bf16.
+
+    Args:
+        vae: Gives the statistics, the dtype and the device.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        weight = vae.conv2.weight
+        for name, values in (("mean", vae.spec.latent_mean), ("std", vae.spec.latent_std)):
+            constant = torch.tensor(values, dtype=weight.dtype, device=weight.device).view(-1, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
+
+    def normalise(self, mu: torch.Tensor) -> torch.Tensor:
+        """Return the normalised latent of `mu`, both [B, F, C, h, w]."""
+        return (mu - self.mean) * (1.0 / self.std)
+
+    def denormalise(self, latent: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder takes for a normalised latent, both [B, F, C, h, w]."""
+        return latent / (1.0 / self.std) + self.mean
+
+
+class _DecoderNetwork(nn.Module):
+    """The decoder half, with the latents' statistics."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.latent_scale = LatentScale(vae)
+        self.conv2 = vae.conv2
+        self.decoder = vae.decoder
+
+    def decode(self, latent_chunk: torch.Tensor, caches: ConvCaches) -> Tensors:
+        """Return pixels [B, T, 3, H, W] and the collected caches."""
+        z = self.latent_scale.denormalise(latent_chunk).transpose(1, 2)
+        pixels: torch.Tensor = self.decoder(self.conv2(z), caches)
+        return pixels.transpose(1, 2), *caches.updated()
+
+
+class VAEDecoderFirst(_DecoderNetwork):
+    """Decode the first chunk of a clip."""
+
+    def forward(self, latent_chunk: torch.Tensor) -> Tensors:
+        """Decode a chunk that starts a clip.
+
+        Args:
+            latent_chunk: [B, F, C, h, w], normalised; any F ≥ 1.
+
+        Returns:
+            Pixels [B, 1 + 4(F − 1), 3, 8h, 8w], not clamped, about [-1, 1]; then the caches of `decoder_cache_shapes`.
+        """
+        return self.decode(latent_chunk, ConvCaches(None))
+
+
+class VAEDecoder(_DecoderNetwork):
+    """Decode any later chunk of a clip."""
+
+    def forward(self, latent_chunk: torch.Tensor, *caches: torch.Tensor) -> Tensors:
+        """Decode a chunk that continues a clip.
+
+        Args:
+            latent_chunk: [B, F, C, h, w], normalised; any F ≥ 1.
+            *caches: What the previous chunk's decoding returned after the pixels; unchanged.
+
+        Returns:
+            Pixels [B, 4F, 3, 8h, 8w], not clamped, about [-1, 1]; then the new caches.
+        """
+        return self.decode(latent_chunk, ConvCaches(caches))
+
+
+class _EncoderNetwork(nn.Module):
+    """The encoder half, with the latents' statistics."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        super().__init__()
+        self.latent_channels = vae.spec.latent_channels
+        self.encoder = vae.encoder
+        self.conv1 = vae.conv1
+        self.latent_scale = LatentScale(vae)
+
+    def encode(self, video: torch.Tensor, caches: ConvCaches) -> Tensors:
+        """Return the latent's mean [B, 1, C, h, w], normalised, and the collected caches."""
+        moments: torch.Tensor = self.conv1(self.encoder(video, caches))
+        mu = moments[:, : self.latent_channels].transpose(1, 2)
+        return self.latent_scale.normalise(mu), *caches.updated()
+
+
+class VAEEncoderFirst(_EncoderNetwork):
+    """Encode an image, or the first frame of a clip."""
+
+    def forward(self, image: torch.Tensor) -> Tensors:
+        """Encode the frame that starts a clip.
+
+        Args:
+            image: [B, 3, 1, H, W] in [-1, 1].
+
+        Returns:
+            Normalised latent [B, 1, C, H/8, W/8]; then the caches of `encoder_cache_shapes`.
+        """
+        return self.encode(image, ConvCaches(None))
+
+
+class VAEEncoder(_EncoderNetwork):
+    """Encode four more frames of a clip."""
+
+    def forward(self, video: torch.Tensor, *caches: torch.Tensor) -> Tensors:
+        """Encode the next four frames.
+
+        Args:
+            video: [B, 3, 4, H, W] in [-1, 1].
+            *caches: What the previous encoding returned after the latent; unchanged.
+
+        Returns:
+            Normalised latent [B, 1, C, H/8, W/8]; then the new caches.
+        """
+        return self.encode(video, ConvCaches(caches))

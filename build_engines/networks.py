@@ -1,0 +1,223 @@
+"""The networks of a model: for each its torch module, its io_tensors, and the specification that the runtime reads.
+
+| network | from | to |
+|---|---|---|
+| `text_encoder` | token ids and mask | prompt embedding |
+| `prompt_kv` | prompt embedding | every layer's cross-attention keys and values |
+| `timestep_modulation` | timestep embeddings | modulation tables |
+| `dit_step` | noisy latent chunk | its flow; keys and values into the cache |
+| `dit_context` | clean latent chunk | keys and values into the cache |
+| `vae_decoder_first`, `vae_decoder` | latent chunk | pixels |
+| `vae_encoder_first`, `vae_encoder` | image, four more frames | latent frame |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
+from causal_forcing.build_engines.models.text_encoder import TextEncoder
+from causal_forcing.build_engines.models.vae import (
+    VAEDecoder,
+    VAEDecoderFirst,
+    VAEEncoder,
+    VAEEncoderFirst,
+    WanVAE,
+    decoder_cache_shapes,
+    encoder_cache_shapes,
+)
+from causal_forcing.runtime.spec import FRAMES_PER_LATENT, DiTSpec, Geometry, IOTensor, NetworkSpec, VAESpec, frame_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network ready for export."""
+
+    spec: NetworkSpec
+    """Names, shapes and states."""
+    module: nn.Module
+    """Its forward takes the inputs in order and returns the outputs in order."""
+
+
+def dit_networks(dit: CausalDiT, geometry: Geometry, *, precision: str, timesteps: int) -> list[Network]:
+    """Describe the four networks of the DiT.
+
+    Args:
+        dit: The model.
+        geometry: Shapes to fix.
+        precision: Dtype of activations and caches.
+        timesteps: Rows of the modulation tables: distinct timesteps of the schedule.
+    """
+    spec = dit.spec
+    cross, caches = _cross_tensors(spec, geometry, precision), _cache_tensors(spec, geometry, precision)
+    written = tuple(IOTensor(name=f"{cache.name}_out", shape=cache.shape, dtype=precision) for cache in caches)
+    states = tuple((out.name, cache.name) for out, cache in zip(written, caches, strict=True))
+    latent = _latent(spec, geometry, precision)
+    layer_modulation = IOTensor(name="layer_modulation", shape=(spec.num_layers, 6, spec.dim), dtype=precision)
+    head_modulation = IOTensor(name="head_modulation", shape=(2, spec.dim), dtype=precision)
+    rope_shape = (geometry.chunk_tokens, spec.head_dim // 2)
+    placement = (
+        IOTensor(name="rope_cos", shape=rope_shape, dtype="float32"),
+        IOTensor(name="rope_sin", shape=rope_shape, dtype="float32"),
+        IOTensor(name="slots", shape=(geometry.chunk_frames,), dtype="int32"),
+        IOTensor(name="valid_slots", shape=(geometry.batch,), dtype="int32"),
+    )
+    step = NetworkSpec(
+        name="dit_step",
+        inputs=(latent, layer_modulation, head_modulation, *placement, *cross, *caches),
+        outputs=(IOTensor(name="flow", shape=latent.shape, dtype=precision), *written),
+        states=states,
+        in_place=True,
+    )
+    context = NetworkSpec(
+        name="dit_context",
+        inputs=(latent, layer_modulation, *placement, *cross[:-2], *caches),
+        outputs=written,
+        states=states,
+        in_place=True,
+    )
+    return [
+        Network(spec=_modulation_spec(spec, precision, timesteps), module=TimestepModulation(dit)),
+        Network(spec=_prompt_kv_spec(spec, geometry, precision, cross), module=PromptKV(dit)),
+        Network(spec=step, module=DiTStep(dit)),
+        Network(spec=context, module=DiTContext(dit)),
+    ]
+
+
+def text_network(text_encoder: TextEncoder, dit: DiTSpec, geometry: Geometry, *, precision: str) -> Network:
+    """Describe the prompt encoder, which makes what the DiT attends to."""
+    shape = (geometry.batch, dit.text_len)
+    return Network(
+        spec=NetworkSpec(
+            name="text_encoder",
+            inputs=(
+                IOTensor(name="token_ids", shape=shape, dtype="int64"),
+                IOTensor(name="token_mask", shape=shape, dtype="int64"),
+            ),
+            outputs=(IOTensor(name="prompt_embeds", shape=(*shape, dit.text_dim), dtype=precision),),
+        ),
+        module=text_encoder,
+    )
+
+
+def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list[Network]:
+    """Describe the streaming decoder: the clip's first chunk, and every other."""
+    frames, batch = geometry.chunk_frames, geometry.batch
+    latent = _latent(vae.spec, geometry, precision)
+    shapes = decoder_cache_shapes(vae.spec, batch, geometry.latent_height, geometry.latent_width)
+    caches = _numbered("decoder_cache", shapes, precision)
+
+    def pixels(name: str, pixel_frames: int) -> IOTensor:
+        shape = (batch, pixel_frames, 3, geometry.pixel_height, geometry.pixel_width)
+        return IOTensor(name=name, shape=shape, dtype=precision)
+
+    return [
+        Network(
+            spec=NetworkSpec(
+                name="vae_decoder_first", inputs=(latent,), outputs=(pixels("pixels_first", frame_count(frames)), *caches)
+            ),
+            module=VAEDecoderFirst(vae),
+        ),
+        Network(
+            spec=_with_carried_states(
+                "vae_decoder", latent, pixels("pixels", FRAMES_PER_LATENT * frames), caches
+            ),
+            module=VAEDecoder(vae),
+        ),
+    ]
+
+
+def encoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list[Network]:
+    """Describe the streaming encoder: an image or a video's first frame, and every four frames after it."""
+    batch = geometry.batch
+    size = (geometry.pixel_height, geometry.pixel_width)
+    latent_shape = (batch, 1, vae.spec.latent_channels, geometry.latent_height, geometry.latent_width)
+    encoded = IOTensor(name="encoded_latent", shape=latent_shape, dtype=precision)
+    image = IOTensor(name="image", shape=(batch, 3, 1, *size), dtype=precision)
+    video = IOTensor(name="video", shape=(batch, 3, FRAMES_PER_LATENT, *size), dtype=precision)
+    shapes = encoder_cache_shapes(vae.spec, batch, geometry.latent_height, geometry.latent_width)
+    caches = _numbered("encoder_cache", shapes, precision)
+    return [
+        Network(
+            spec=NetworkSpec(name="vae_encoder_first", inputs=(image,), outputs=(encoded, *caches)),
+            module=VAEEncoderFirst(vae),
+        ),
+        Network(spec=_with_carried_states("vae_encoder", video, encoded, caches), module=VAEEncoder(vae)),
+    ]
+
+
+def example_inputs(spec: NetworkSpec) -> tuple[torch.Tensor, ...]:
+    """Make inputs of a network's shapes: zeros, which trace like any other values."""
+    return tuple(torch.zeros(io.shape, dtype=getattr(torch, io.dtype)) for io in spec.inputs)
+
+
+def find_network(networks: Iterable[Network], name: str) -> Network:
+    """Return the network of a name."""
+    return next(network for network in networks if network.spec.name == name)
+
+
+def _with_carried_states(name: str, source: IOTensor, target: IOTensor, caches: Sequence[IOTensor]) -> NetworkSpec:
+    written = tuple(IOTensor(name=f"{cache.name}_out", shape=cache.shape, dtype=cache.dtype) for cache in caches)
+    return NetworkSpec(
+        name=name,
+        inputs=(source, *caches),
+        outputs=(target, *written),
+        states=tuple((out.name, cache.name) for out, cache in zip(written, caches, strict=True)),
+    )
+
+
+def _latent(spec: DiTSpec | VAESpec, geometry: Geometry, precision: str) -> IOTensor:
+    frame = (spec.latent_channels, geometry.latent_height, geometry.latent_width)
+    shape = (geometry.batch, geometry.chunk_frames, *frame)
+    return IOTensor(name="latent", shape=shape, dtype=precision)
+
+
+def _cross_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:
+    shape = (geometry.batch, spec.num_heads, spec.text_len, spec.head_dim)
+    return _per_layer("cross", spec.num_layers, shape, precision, suffix="")
+
+
+def _cache_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:
+    shape = (geometry.batch, spec.num_heads, geometry.cache_slots, spec.head_dim)
+    return _per_layer("", spec.num_layers, shape, precision, suffix="cache")
+
+
+def _per_layer(
+    prefix: str, layers: int, shape: tuple[int, ...], precision: str, *, suffix: str
+) -> tuple[IOTensor, ...]:
+    """Name k and v of each layer in turn: `cross_k_00`, `cross_v_00`, … or `k_cache_00`, `v_cache_00`, …"""
+    return tuple(
+        IOTensor(name="_".join(filter(None, (prefix, kind, suffix, f"{layer:02}"))), shape=shape, dtype=precision)
+        for layer in range(layers)
+        for kind in ("k", "v")
+    )
+
+
+def _numbered(name: str, shapes: Sequence[tuple[int, ...]], precision: str) -> tuple[IOTensor, ...]:
+    return tuple(
+        IOTensor(name=f"{name}_{index:02}", shape=shape, dtype=precision) for index, shape in enumerate(shapes)
+    )
+
+
+def _modulation_spec(spec: DiTSpec, precision: str, timesteps: int) -> NetworkSpec:
+    return NetworkSpec(
+        name="timestep_modulation",
+        inputs=(IOTensor(name="timestep_embedding", shape=(timesteps, spec.freq_dim), dtype="float32"),),
+        outputs=(
+            IOTensor(
+                name="layer_modulation_table", shape=(timesteps, spec.num_layers, 6, spec.dim), dtype=precision
+            ),
+            IOTensor(name="head_modulation_table", shape=(timesteps, 2, spec.dim), dtype=precision),
+        ),
+    )
+
+
+def _prompt_kv_spec(
+    spec: DiTSpec, geometry: Geometry, precision: str, cross: tuple[IOTensor, ...]
+) -> NetworkSpec:
+    embeds = IOTensor(name="prompt_embeds", shape=(geometry.batch, spec.text_len, spec.text_dim), dtype=precision)
+    return NetworkSpec(name="prompt_kv", inputs=(embeds,), outputs=cross)

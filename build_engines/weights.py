@@ -1,0 +1,284 @@
+"""Where weights come from: the user's files, the hub's cache, a download, or a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shlex
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from causal_forcing.build_engines.checkpoint import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from causal_forcing.runtime.errors import WeightsMissingError
+from causal_forcing.runtime.spec import Variant
+
+CAUSAL_FORCING_REPO = "zhuhz22/Causal-Forcing"
+CAUSAL_FORCING_REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"
+WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
+WAN_REVISION = "37ec512624d61f7aa208f7ea8140a131f93afc9a"
+
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+VAE_FILE = "Wan2.1_VAE.pth"
+TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
+
+# Random numbers drawn at a time: bounds the temporaries to a few hundred megabytes.
+_DRAW_PART = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The files of one variant, all of them present."""
+
+    dit: Path
+    """The denoiser's checkpoint."""
+    text_encoder: Path
+    """The UMT5 encoder."""
+    vae: Path
+    """The Wan VAE."""
+    tokenizer: Path
+    """Folder that holds `tokenizer.json`."""
+
+
+class PlannedDownload(NamedTuple):
+    """A file that would come from the hub."""
+
+    repo: str
+    """Repository on the hub."""
+    revision: str
+    """Commit."""
+    filename: str
+    """Path in the repository."""
+    cached: bool
+    """Whether the hub's cache has it, so that nothing is downloaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One file that is wanted, and where."""
+
+    repo: str
+    revision: str
+    filename: str
+    given: Path | None
+    """Where it lies if the user's option is right; None where no option covers it."""
+    root: Path | None
+    """The user's folder, to which `filename` is relative; None where a file or nothing was given."""
+
+    def local(self) -> Path | None:
+        """Return the given file, or its safetensors sibling."""
+        if self.given is None or self.given.is_file():
+            return self.given
+        sibling = self.given.with_suffix(SAFETENSORS_SUFFIX)
+        return sibling if self.given.suffix in TORCH_SUFFIXES and sibling.is_file() else None
+
+    def cached(self) -> Path | None:
+        """Return the file in the hub's cache, without network."""
+        import huggingface_hub
+
+        path = huggingface_hub.try_to_load_from_cache(self.repo, self.filename, revision=self.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def download(self) -> Path:
+        """Fetch the file into the hub's cache."""
+        import huggingface_hub
+
+        return Path(huggingface_hub.hf_hub_download(self.repo, self.filename, revision=self.revision))
+
+
+def resolve_weights(
+    variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None, allow_download: bool = True
+) -> WeightFiles:
+    """Find all weights of a variant; what the user gave wins over the hub.
+
+    Args:
+        variant: What is to be built.
+        checkpoint: The DiT's file, or a folder with the released layout (`chunkwise/causal_forcing.pt`, …).
+        wan_folder: The Wan2.1-T2V-1.3B folder: text encoder, VAE and tokenizer. `.safetensors` files of the same stems
+            do as well.
+        allow_download: Whether what is neither given nor cached may be downloaded, at the pinned revision.
+
+    Raises:
+        WeightsMissingError: Something is missing; the message names every file, and the commands that bring them.
+    """
+    found: dict[str, Path] = {}
+    missing: list[_Part] = []
+    reason = None if allow_download else "downloads are switched off"
+    for role, part in _parts(variant, checkpoint, wan_folder).items():
+        path = part.local() if part.given is not None else part.cached()
+        if path is None and part.given is None and reason is None:
+            try:
+                path = part.download()
+            except Exception as error:  # hub client, HTTP and transfer libraries raise their own kinds
+                # One attempt is enough: the others would wait for the same timeout.
+                reason = textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 120, placeholder=" …")
+        if path is None:
+            missing.append(part)
+        else:
+            found[role] = path
+    if missing:
+        raise WeightsMissingError(_explain(variant, missing, reason, checkpoint, wan_folder))
+    found["tokenizer"] = found["tokenizer"].parent
+    return WeightFiles(**found)
+
+
+def planned_downloads(variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None) -> list[PlannedDownload]:
+    """List what `resolve_weights` would take from the hub, without touching the network.
+
+    Raises:
+        WeightsMissingError: The variant has no released weights, and none were given.
+    """
+    return [
+        PlannedDownload(part.repo, part.revision, part.filename, part.cached() is not None)
+        for part in _parts(variant, checkpoint, wan_folder).values()
+        if part.given is None
+    ]
+
+
+def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -> dict[str, _Part]:
+    """Return the wanted files by the field of `WeightFiles` that they fill."""
+    is_file = checkpoint is not None and checkpoint.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
+    if variant.checkpoint_file is None and (not is_file or wan_folder is None):
+        raise WeightsMissingError(
+            f"{variant.slug} has no released weights, they are random by design: pass --random-weights 0, or a .pt "
+            "file with --checkpoint and a folder with --wan-folder"
+        )
+    dit_file = variant.checkpoint_file or ""
+    dit_root = None
+    if checkpoint is not None and not is_file:
+        checkpoint, dit_root = checkpoint / dit_file, checkpoint
+    parts = {
+        "dit": _Part(
+            repo=CAUSAL_FORCING_REPO,
+            revision=CAUSAL_FORCING_REVISION,
+            filename=dit_file,
+            given=checkpoint,
+            root=dit_root,
+        )
+    }
+    for role, filename in (("text_encoder", TEXT_ENCODER_FILE), ("vae", VAE_FILE), ("tokenizer", TOKENIZER_FILE)):
+        parts[role] = _Part(
+            repo=WAN_REPO,
+            revision=WAN_REVISION,
+            filename=filename,
+            given=wan_folder and wan_folder / filename,
+            root=wan_folder,
+        )
+    return parts
+
+
+def _explain(
+    variant: Variant, missing: list[_Part], reason: str | None, checkpoint: Path | None, wan_folder: Path | None
+) -> str:
+    """Return one line: what is missing, why, and how to get it."""
+    facts = []
+    given = [str(part.given) for part in missing if part.given is not None]
+    if given:
+        facts.append(f"missing {', '.join(given)}")
+    absent = [part for part in missing if part.given is None]
+    for (repo, revision), files in _by_repo(absent):
+        facts.append(f"{', '.join(files)} of {repo}@{revision} not in the hub's cache")
+    if absent and reason:
+        facts.append(f"no download ({reason})")
+    folders = {CAUSAL_FORCING_REPO: Path("Causal-Forcing"), WAN_REPO: Path("Wan2.1-T2V-1.3B")}
+    folders |= {part.repo: part.root for part in missing if part.root is not None}
+    commands = [
+        f"hf download {repo} {shlex.join(files)} --revision {revision} --local-dir {shlex.quote(str(folders[repo]))}"
+        for (repo, revision), files in _by_repo(missing)
+    ]
+    repos = {part.repo for part in missing}
+    dit = folders[CAUSAL_FORCING_REPO] if CAUSAL_FORCING_REPO in repos or checkpoint is None else checkpoint
+    wan = folders[WAN_REPO] if WAN_REPO in repos or wan_folder is None else wan_folder
+    options = []
+    if CAUSAL_FORCING_REPO in repos or checkpoint is not None:
+        options.append(f"--checkpoint {shlex.quote(str(dit))}")
+    if WAN_REPO in repos or wan_folder is not None:
+        options.append(f"--wan-folder {shlex.quote(str(wan))}")
+    return (
+        f"weights of {variant.slug} not found: {'; '.join(facts)}; where there is network run "
+        f"`{' && '.join(commands)}`, then pass {' '.join(options)}"
+    )
+
+
+def _by_repo(parts: Iterable[_Part]) -> Iterator[tuple[tuple[str, str], list[str]]]:
+    files: dict[tuple[str, str], list[str]] = {}
+    for part in parts:
+        files.setdefault((part.repo, part.revision), []).append(part.filename)
+    yield from files.items()
+
+
+def random_state_dict(
+    module: torch.nn.Module, seed: int, *, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Draw weights for every parameter of a module.
+
+    A tensor depends on the seed, its name and its shape alone, and is the same to the last bit on every machine. Scales
+    keep activations near 1.
+
+    Args:
+        module: The network, on any device, `meta` included; it is not changed.
+        seed: Any integer.
+        dtype: Type of the tensors; numbers are drawn in float32 and rounded.
+    """
+    return dict(_random_tensors(module, seed, dtype))
+
+
+def randomise(module: torch.nn.Module, seed: int, *, dtype: torch.dtype = torch.float32) -> None:
+    """Give a module the weights of `random_state_dict`, tensor by tensor, on the CPU.
+
+    The module may be on `meta`. It is left in evaluation mode and without gradients.
+    """
+    for name, tensor in _random_tensors(module, seed, dtype):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    module.eval()
+
+
+def _random_tensors(module: torch.nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    embeddings = {
+        f"{path}.weight".removeprefix(".")
+        for path, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding)
+    }
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        mean, spread = _distribution(name, tuple(parameter.shape), name in embeddings)
+        yield name, _draw(f"{seed}:{name}", tuple(parameter.shape), mean, spread, dtype)
+
+
+def _distribution(name: str, shape: tuple[int, ...], is_embedding: bool) -> tuple[float, float]:
+    """Return mean and standard deviation of a parameter's numbers."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "modulation":
+        return 0.0, shape[-1] ** -0.5
+    if leaf == "bias":
+        return 0.0, 0.02
+    if leaf == "gamma" or len(shape) == 1:
+        return 1.0, 0.1
+    if is_embedding:
+        return 0.0, 0.5
+    deviation = math.prod(shape[1:]) ** -0.5
+    # T5 does not scale its attention logits; at 64 dimensions a head, unit queries would saturate the softmax.
+    return 0.0, deviation / 8 if name.endswith("SelfAttention.q.weight") else deviation
+
+
+def _draw(key: str, shape: tuple[int, ...], mean: float, deviation: float, dtype: torch.dtype) -> torch.Tensor:
+    """Draw bell-shaped numbers: each the sum of four 16-bit uniforms from a counter-based generator.
+
+    Only integer sums and single float32 operations are involved, so that no machine's logarithm or cosine can differ.
+    """
+    words = np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
+    result = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
+    centre = 2 * 0xFFFF
+    scale = np.float32(deviation / math.sqrt(4 * (0x10000**2 - 1) / 12))
+    lanes = np.uint64(0x0000FFFF0000FFFF)
+    for part in torch.split(result, _DRAW_PART):
+        word = words.random_raw(part.numel())
+        pairs = (word & lanes) + ((word >> np.uint64(16)) & lanes)
+        total = ((pairs & np.uint64(0xFFFFFFFF)) + (pairs >> np.uint64(32))).astype(np.int32)
+        part.copy_(torch.from_numpy((total - centre).astype(np.float32) * scale + np.float32(mean)))
+    return result.reshape(shape)

@@ -1,0 +1,1 @@
+"""`causal_forcing::KVCacheAttention`: its contract, and the bodies that carry it out."""

@@ -1,0 +1,110 @@
+"""KVCacheAttention as torch custom ops: one that writes in place for running, one that is functional for export.
+
+`torch.export` wants functions without side effects, a cache wants none of its 6 GB copied; so modules call
+`kv_cache_attention` below, which picks the functional op while a graph is exported and the in-place one otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from causal_forcing.plugins import reference
+from causal_forcing.plugins.contract import DOMAIN
+
+CacheAttentionOutputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@torch.library.custom_op(f"{DOMAIN}::kv_cache_attention_", mutates_args=("k_cache", "v_cache"))
+def kv_cache_attention_in_place(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Run the op in place; see `plugins.contract` for shapes. Returns [B, N, L, D]."""
+    return reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
+
+
+@kv_cache_attention_in_place.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
+def kv_cache_attention_functional(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> CacheAttentionOutputs:
+    """Run the op on copies of the caches. Returns (out, k_cache, v_cache)."""
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    out = reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
+    return out, k_cache, v_cache
+
+
+@kv_cache_attention_functional.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> CacheAttentionOutputs:
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def kv_cache_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> CacheAttentionOutputs:
+    """Run the op; see `plugins.contract` for shapes.
+
+    Returns:
+        (out, k_cache, v_cache). Outside of export the caches are the tensors that came in, changed in place.
+    """
+    if torch.compiler.is_exporting():
+        outputs: CacheAttentionOutputs = kv_cache_attention_functional(
+            q, k, v, k_cache, v_cache, slots, valid_slots, scale
+        )
+        return outputs
+    out = kv_cache_attention_in_place(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
+    return out, k_cache, v_cache
+
+
+def write_caches_in_place(graph_module: torch.fx.GraphModule) -> None:
+    """Make an exported graph write its caches in place again.
+
+    Sound because the contract gives a cache no reader but its op. Changes `graph_module`.
+    """
+    functional = torch.ops.causal_forcing.kv_cache_attention.default
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target is functional:
+            node.target = kv_cache_attention
+    graph_module.recompile()

@@ -1,0 +1,1 @@
+"""Engines to frames: load, cache, denoise, decode, hand out."""

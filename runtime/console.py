@@ -1,0 +1,258 @@
+"""The only place that prints: results to stdout, narration to stderr, one line for every error.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 environment, 130 interrupted. Colour and live lines appear on terminals only.
+A terminal's drawing library is imported when something is drawn, so `--help` and pipes do not pay for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from pathlib import PurePath
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, Self, TextIO
+
+from causal_forcing.runtime.errors import CausalForcingError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+PLAIN_INTERVAL_S = 2.0
+"""Least time between two progress lines where there is no terminal."""
+
+
+def run_program(entry: Callable[[], object]) -> NoReturn:
+    """Run a program to its exit code, turning whatever goes wrong into one line on stderr.
+
+    Args:
+        entry: The program, usually `functools.partial(app, standalone_mode=False)` of a typer app. An int that it
+            returns is the exit code; anything else counts as success.
+    """
+    try:
+        result = entry()
+        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+    except BaseException as error:
+        code = _report(error)
+    else:
+        code = result if type(result) is int else 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this result
+            narrate("interrupted")
+    sys.exit(code)
+
+
+def _report(error: BaseException) -> int:
+    """Say in one line what ended the program, and return its exit code."""
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, BrokenPipeError):
+        _silence_stdout()
+        return 1
+    if isinstance(error, KeyboardInterrupt) or _is_typer(error, "Abort"):
+        narrate("interrupted")
+        return INTERRUPTED
+    if _is_typer(error, "Exit"):
+        return int(getattr(error, "exit_code", 0))
+    format_message = getattr(error, "format_message", None)
+    if callable(format_message):  # a usage error; typer's own classes are private
+        message = str(format_message())
+        if message.strip():  # empty: called without a command, and typer has just shown the help
+            narrate(f"error: {_one_line(message)} (see --help)")
+        return int(getattr(error, "exit_code", 2))
+    if _is_debugging():
+        narrate("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, CausalForcingError):
+        narrate(f"error: {_one_line(str(error))}")
+        return error.exit_code
+    text = _one_line(str(error))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        narrate(f"error: out of memory ({text or type(error).__name__}): free some, or ask for a smaller video")
+        return 3
+    again = "" if _is_debugging() else " (run again with --debug for the traceback)"
+    narrate(f"error: unexpected {type(error).__name__}: {text or 'no message'}{again}")
+    return 1
+
+
+def _is_typer(error: BaseException, name: str) -> bool:
+    # If typer was never imported, the error cannot be one of its.
+    kind = getattr(sys.modules.get("typer"), name, None)
+    return isinstance(kind, type) and isinstance(error, kind)
+
+
+def _is_debugging() -> bool:
+    return "--debug" in sys.argv[1:] or os.environ.get("CF_DEBUG") == "1"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, or the interpreter complains of the closed pipe while it shuts down."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def narrate(text: str) -> None:
+    """Say what is going on: a line on stderr."""
+    with contextlib.suppress(OSError):  # nobody is listening, which is no reason to stop
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Say what the user may want to change: a line on stderr."""
+    narrate(f"warning: {text}")
+
+
+def print_json(obj: object) -> None:
+    """Print a result as JSON; dataclasses, paths and enums included."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(obj, indent=2, ensure_ascii=not is_unicode, default=_as_json), flush=True)
+
+
+def _as_json(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a result as a table: aligned plain text in a pipe, drawn on a terminal.
+
+    Args:
+        headers: One per column.
+        rows: Cells, turned into text; None is an empty cell.
+    """
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    for row in cells:
+        assert len(row) == len(headers), f"a row of {len(row)} cells under {len(headers)} headers"
+    if not _is_terminal(sys.stdout):
+        widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        for line in (headers, *cells):
+            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print("  ".join(padded).rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for header in headers:
+        table.add_column(Text(header))  # Text: brackets in it are not markup
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console(file=sys.stdout).print(table)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class GenerationProgress:
+    """Show how far a clip is: one live line on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        total_chunks: Chunks of the clip; None if it is endless.
+        clock: Monotonic time in seconds.
+    """
+
+    def __init__(self, total_chunks: int | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._total_chunks = total_chunks
+        self._clock = clock
+        self._start_s = clock()
+        self._first_chunk_s = self._last_chunk_s = 0.0
+        self._first_chunk_frames = 0
+        self._chunks = self._frames = 0
+        self._printed_s, self._printed_chunks = -math.inf, 0
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+
+    @property
+    def frames(self) -> int:
+        """Frames so far."""
+        return self._frames
+
+    @property
+    def first_frame_s(self) -> float | None:
+        """Seconds from the start to the first chunk's frames; None before."""
+        return self._first_chunk_s - self._start_s if self._chunks else None
+
+    @property
+    def fps(self) -> float | None:
+        """Steady rate: frames after the first chunk over the time since it; None before the second chunk."""
+        elapsed_s = self._last_chunk_s - self._first_chunk_s
+        return (self._frames - self._first_chunk_frames) / elapsed_s if elapsed_s > 0 else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at the steady rate; None while unknown, or if the clip is endless."""
+        if self._total_chunks is None or self._chunks < 2:
+            return None
+        per_chunk_s = (self._last_chunk_s - self._first_chunk_s) / (self._chunks - 1)
+        return per_chunk_s * max(0, self._total_chunks - self._chunks)
+
+    def advance(self, frames: int) -> None:
+        """Count one chunk that gave that many frames."""
+        now_s = self._last_chunk_s = self._clock()
+        self._chunks += 1
+        self._frames += frames
+        if self._chunks == 1:
+            self._first_chunk_s, self._first_chunk_frames = now_s, frames
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=self._chunks, status=self._status())
+        elif now_s - self._printed_s >= PLAIN_INTERVAL_S:
+            self._print_plain(now_s)
+
+    def __enter__(self) -> Self:
+        self._start_s = self._clock()
+        if _is_terminal(sys.stderr):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
+
+            self._live = Progress(
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
+                console=Console(file=sys.stderr),
+                redirect_stdout=False,  # results go to stdout even while the line is live
+            )
+            self._task = self._live.add_task("", total=self._total_chunks, status=self._status())
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif self._chunks > self._printed_chunks:
+            self._print_plain(self._last_chunk_s)
+
+    def _print_plain(self, now_s: float) -> None:
+        self._printed_s, self._printed_chunks = now_s, self._chunks
+        narrate(self._status())
+
+    def _status(self) -> str:
+        of = "" if self._total_chunks is None else f"/{self._total_chunks}"
+        parts = [f"chunk {self._chunks}{of}", f"{self._frames} frames"]
+        if self.fps is not None:
+            parts.append(f"{self.fps:.1f} fps")
+        if self.first_frame_s is not None:
+            parts.append(f"first frame {self.first_frame_s:.2f} s")
+        if self.eta_s:
+            minutes, seconds = divmod(round(self.eta_s), 60)
+            parts.append(f"ETA {minutes}:{seconds:02d}")
+        return ", ".join(parts)

@@ -1,0 +1,73 @@
+"""The seam between a session and its backends: engines with named, preallocated io_tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from causal_forcing.runtime.spec import NetworkSpec
+
+
+class Engine(Protocol):
+    """A compiled network, loaded.
+
+    Buffers belong to the session: they are bound once and never move, so that a call can be captured in a CUDA graph.
+    """
+
+    spec: NetworkSpec
+
+    def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the buffers of all inputs and outputs, by name; called once, before the first `enqueue`."""
+
+    def enqueue(self) -> None:
+        """Run the network on the bound buffers, on the current stream.
+
+        Afterwards every state's input buffer holds the new state.
+        """
+
+
+class IOTensors(Mapping[str, torch.Tensor]):
+    """The buffers of a session: one per name, shared by all engines that use the name.
+
+    Sharing is what connects the engines: `prompt_kv` writes the cross-attention keys where `dit_step` reads them, and
+    `dit_step` and `dit_context` work on the same caches. Outputs that are updated in place share their input's buffer.
+
+    Args:
+        networks: Specifications of all engines of the session.
+        device: Where the buffers live.
+    """
+
+    def __init__(self, networks: Iterable[NetworkSpec], device: torch.device) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        networks = list(networks)
+        for network in networks:
+            for io_tensor in network.io_tensors():
+                dtype = getattr(torch, io_tensor.dtype)
+                known = self._tensors.setdefault(
+                    io_tensor.name, torch.zeros(io_tensor.shape, dtype=dtype, device=device)
+                )
+                assert (tuple(known.shape), known.dtype) == (io_tensor.shape, dtype), (
+                    f"networks disagree about io_tensor {io_tensor.name}: {tuple(known.shape)} {known.dtype}, "
+                    f"{network.name} has {io_tensor.shape} {dtype}"
+                )
+        for network in networks:
+            if network.in_place:
+                for output, source in network.states:
+                    self._tensors[output] = self._tensors[source]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all distinct buffers."""
+        distinct = {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}
+        return sum(distinct.values())

@@ -1,0 +1,183 @@
+"""`manifest.json`: what an engine directory holds, and whether it may be loaded. No framework is imported here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from causal_forcing.runtime.config import (
+    SCHEMA_VERSION,
+    EngineConfig,
+    build_command,
+    fingerprint_of,
+    op_digest,
+    package_version,
+)
+from causal_forcing.runtime.errors import EngineDamagedError, EngineMismatchError, EngineNotFoundError
+from causal_forcing.runtime.spec import (
+    DiTSpec,
+    Geometry,
+    IOTensor,
+    ModelSpec,
+    NetworkSpec,
+    TextSpec,
+    VAESpec,
+    Variant,
+)
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFile:
+    """A file of an engine directory."""
+
+    sha256: str
+    """Of its content, hexadecimal."""
+    bytes: int
+    """Its size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    config: EngineConfig
+    """What the engine was built for."""
+    networks: tuple[NetworkSpec, ...]
+    """Its networks, in build order."""
+    artefacts: Mapping[str, str]
+    """Network name to the file that holds it, relative to the directory."""
+    files: Mapping[str, EngineFile]
+    """Every file of the directory but the manifest, by relative path."""
+    build: Mapping[str, Any] = field(default_factory=dict)
+    """How it was built, for people: library versions, seconds, weight files and their hashes."""
+
+    def network(self, name: str) -> NetworkSpec:
+        """Return the specification of a network."""
+        return next(network for network in self.networks if network.name == name)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a folder."""
+        content = {
+            "schema_version": self.config.schema_version,
+            "fingerprint": self.config.fingerprint(),
+            "config": self.config.fields(),
+            "networks": [asdict(network) for network in self.networks],
+            "artefacts": dict(self.artefacts),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "build": dict(self.build),
+        }
+        (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of an engine directory.
+
+    Raises:
+        EngineNotFoundError: There is no manifest.
+        EngineDamagedError: It is not one, or was altered.
+        EngineMismatchError: Another schema, package version or op built it.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        fields = content["config"]
+        schema_version = content["schema_version"]
+    except FileNotFoundError:
+        raise EngineNotFoundError(f"no engine in {folder}: {MANIFEST_NAME} is not there; build one: cf-build SLUG") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EngineDamagedError(f"{path} is not a readable manifest ({error!r}); rebuild it: cf-build SLUG") from error
+    fix = build_command(fields) if isinstance(fields, dict) else "cf-build SLUG"
+    if schema_version != SCHEMA_VERSION:
+        raise EngineMismatchError("schema_version", got=schema_version, expected=SCHEMA_VERSION, fix=fix)
+    try:
+        if fingerprint_of(fields) != content["fingerprint"]:
+            raise EngineDamagedError(f"{path} was altered: its fingerprint does not match its content; rebuild it: {fix}")
+        manifest = Manifest(
+            config=_config(fields),
+            networks=tuple(_network(network) for network in content["networks"]),
+            artefacts=content["artefacts"],
+            files={name: EngineFile(**entry) for name, entry in content["files"].items()},
+            build=content["build"],
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise EngineDamagedError(f"{path} lacks or misnames a field ({error!r}); rebuild it: {fix}") from error
+    for name, current in (("package_version", package_version()), ("op_digest", op_digest())):
+        if fields[name] != current:
+            raise EngineMismatchError(name, got=fields[name], expected=current, fix=fix)
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file of an engine directory with its recorded size and hash.
+
+    Raises:
+        EngineDamagedError: A file is missing or differs.
+    """
+    fix = manifest.config.build_command()
+
+    def check(item: tuple[str, EngineFile]) -> None:
+        name, entry = item
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            same = size == entry.bytes and file_sha256(path) == entry.sha256
+        except FileNotFoundError:
+            raise EngineDamagedError(f"{path} is missing; rebuild it: {fix}") from None
+        except OSError as error:
+            raise EngineDamagedError(f"{path} cannot be read ({error.strerror}); rebuild it: {fix}") from error
+        if not same:
+            raise EngineDamagedError(
+                f"{path} is damaged: {size} bytes whose hash or size is not the recorded one ({entry.bytes} bytes); "
+                f"rebuild it: {fix}"
+            )
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(check, manifest.files.items()))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, EngineFile]:
+    """Return the entries of all files below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return {
+        path.relative_to(folder).as_posix(): EngineFile(sha256=file_sha256(path), bytes=path.stat().st_size)
+        for path in paths
+    }
+
+
+def _config(fields: dict[str, Any]) -> EngineConfig:
+    variant = dict(fields["variant"])
+    model = variant["model"]
+    vae = {name: tuple(value) if isinstance(value, list) else value for name, value in model["vae"].items()}
+    variant["model"] = ModelSpec(
+        name=model["name"], dit=DiTSpec(**model["dit"]), vae=VAESpec(**vae), text=TextSpec(**model["text"])
+    )
+    for steps in ("denoising_steps", "first_chunk_denoising_steps"):
+        variant[steps] = None if variant[steps] is None else tuple(variant[steps])
+    return EngineConfig(**{**fields, "variant": Variant(**variant), "geometry": Geometry(**fields["geometry"])})
+
+
+def _network(fields: dict[str, Any]) -> NetworkSpec:
+    def io_tensors(kind: str) -> tuple[IOTensor, ...]:
+        return tuple(IOTensor(**{**io_tensor, "shape": tuple(io_tensor["shape"])}) for io_tensor in fields[kind])
+
+    return NetworkSpec(
+        name=fields["name"],
+        inputs=io_tensors("inputs"),
+        outputs=io_tensors("outputs"),
+        states=tuple((output, source) for output, source in fields["states"]),
+        in_place=fields["in_place"],
+    )

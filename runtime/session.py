@@ -1,0 +1,263 @@
+"""The hot path: a prompt to chunks of frames.
+
+A clip, read from top to bottom: encode the prompt; for each chunk place it in the cache, denoise it in a few passes, decode
+it, hand it out, and write its clean keys and values with the context pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
+from causal_forcing.runtime.encoder import WanEncoder
+from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.errors import ImageError, PromptError, UsageError
+from causal_forcing.runtime.kv_cache import CacheRing
+from causal_forcing.runtime.loading import EngineSet
+from causal_forcing.runtime.noise import NoiseSource, SeededNoise
+from causal_forcing.runtime.rope import RopePhases
+from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_denoising, timestep_embedding
+from causal_forcing.runtime.text import Tokenizer
+
+
+class PromptTruncated(UserWarning):
+    """A prompt was longer than the text encoder takes; the message says what was cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What a session hands out: a few frames, as soon as they are decoded."""
+
+    index: int
+    """Position in the clip, from 0; initial latents count."""
+    latents: torch.Tensor
+    """[B, F, C, h, w] fp32, denoised; a copy, the caller's to keep."""
+    pixels: torch.Tensor
+    """[B, T, 3, H, W] fp32 in [0, 1]; a copy, the caller's to keep."""
+
+    def frames(self, clip: int = 0) -> npt.NDArray[np.uint8]:
+        """Return the frames of one clip of the batch, [T, H, W, 3] RGB; truncated to 8 bits as upstream does."""
+        frames = (self.pixels[clip] * 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return frames.contiguous().cpu().numpy()
+
+
+class VideoSession:
+    """Generates clips with one set of engines, one clip at a time.
+
+    Args:
+        engines: From `load_engines`; the session binds its buffers to them.
+    """
+
+    def __init__(self, engines: EngineSet) -> None:
+        self._engines = engines
+        self._config = engines.manifest.config
+        geometry, variant = self._config.geometry, self._config.variant
+        self._io = io = IOTensors((engine.spec for engine in engines.engines.values()), engines.device)
+        for engine in engines.engines.values():
+            engine.bind(io)
+        self._dit_step, self._dit_context = engines.engines["dit_step"], engines.engines["dit_context"]
+        self._plan = plan_denoising(
+            shift=variant.timestep_shift,
+            steps=variant.denoising_steps,
+            first_chunk_steps=variant.first_chunk_denoising_steps,
+            context_timestep=variant.context_timestep,
+            warp=variant.warp_steps,
+        )
+        self._ring = CacheRing(geometry)
+        self._rope = RopePhases(
+            io["rope_cos"],
+            io["rope_sin"],
+            frames=geometry.chunk_frames,
+            rows=geometry.latent_height // geometry.patch_size,
+            columns=geometry.latent_width // geometry.patch_size,
+        )
+        latent = io["latent"]
+        self._latent = latent.float().clone()
+        self._workspace = latent.double()
+        self._host_noise = torch.zeros((self._plan.max_steps, *latent.shape), dtype=torch.float32)
+        self._noise = self._host_noise.to(engines.device)
+        self._decoder = self._make_decoder()
+        self._tokenizer: Tokenizer | None = None
+        self._clip: object = None
+        self._write_modulation_tables()
+
+    def generate(
+        self,
+        prompt: str | torch.Tensor,
+        *,
+        total_blocks: int | None = None,
+        seed: int = 0,
+        image: npt.NDArray[np.float32] | None = None,
+        initial_latents: torch.Tensor | None = None,
+        noise: NoiseSource | None = None,
+    ) -> Iterator[Chunk]:
+        """Start a clip.
+
+        Args:
+            prompt: Text, or a prompt embedding [B, ≤ text_len, text_dim].
+            total_blocks: Chunks of the clip, initial ones included; None goes on without end.
+            seed: Seed of the noise.
+            image: [1, 3, 1, H, W] in [−1, 1], from `load_image`: the clip's first frame (I2V).
+            initial_latents: [B, k·F, C, h, w] fp32: latents that the clip begins with, in place of an image.
+            noise: Where noise comes from, in place of the seed.
+
+        Returns:
+            An iterator over the chunks. Each is decoded when it is asked for; its context pass runs when the next one is
+            asked for. Starting another clip ends this one.
+
+        Raises:
+            PromptError: The prompt is empty, or the engines have no text encoder.
+            ImageError: An image for a text-to-video model, or none for an image-to-video one.
+            UsageError: Another argument does not fit.
+        """
+        if total_blocks is not None and total_blocks < 1:
+            raise UsageError(f"total_blocks {total_blocks} makes no video: use 1 or more")
+        variant = self._config.variant
+        if variant.takes_image and image is None and initial_latents is None:
+            raise ImageError(f"{variant.slug} starts from an image and none was given: add --image-path FILE")
+        if image is not None:
+            if not variant.takes_image:
+                raise ImageError(f"{variant.slug} makes video from text alone: leave out --image-path or use an i2v slug")
+            initial_latents = self._encode_image(image)
+        initial = self._split_initial(initial_latents)
+        self._encode_prompt(prompt)
+        self._decoder.reset()
+        self._clip = clip = object()
+        return self._chunks(clip, initial, noise or SeededNoise(seed), total_blocks)
+
+    def close(self) -> None:
+        """Free the buffers and engines; the session cannot be used afterwards."""
+        self.__dict__.clear()
+
+    def __enter__(self) -> VideoSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _chunks(
+        self, clip: object, initial: list[torch.Tensor], noise: NoiseSource, total_blocks: int | None
+    ) -> Iterator[Chunk]:
+        plan, chunk_frames = self._plan, self._config.geometry.chunk_frames
+        for index in itertools.count() if total_blocks is None else range(total_blocks):
+            if self.__dict__.get("_clip") is not clip:
+                raise UsageError("this clip has ended: its session was closed or started another")
+            self._place(index * chunk_frames)
+            if index < len(initial):
+                self._latent.copy_(initial[index])
+                context_index = plan.initial_index
+            else:
+                generated = index - len(initial)
+                self._denoise(generated, plan.chunk if generated else plan.first_chunk, noise)
+                context_index = plan.context_index
+            self._io["latent"].copy_(self._latent)
+            yield self._hand_out(index)
+            self._write_context(context_index)
+
+    @torch.inference_mode()
+    def _denoise(self, chunk_index: int, steps: tuple[DenoisingStep, ...], noise: NoiseSource) -> None:
+        """Denoise a chunk from noise into `self._latent`."""
+        noise.fill(chunk_index, self._host_noise)
+        self._noise.copy_(self._host_noise)
+        self._latent.copy_(self._noise[0])
+        for pass_index, step in enumerate(steps, start=1):
+            self._io["latent"].copy_(self._latent)
+            self._io["layer_modulation"].copy_(self._layer_table[step.table_index])
+            self._io["head_modulation"].copy_(self._head_table[step.table_index])
+            self._dit_step.enqueue()
+            flow_to_x0_(self._latent, self._io["flow"], step.sigma, self._workspace)
+            if step.next_sigma is not None:
+                add_noise_(self._latent, self._noise[pass_index], step.next_sigma)
+
+    def _place(self, start_frame: int) -> None:
+        """Tell the engines where in the clip and where in the cache the next chunk lies."""
+        self._io["slots"].copy_(torch.tensor(self._ring.slots(start_frame), dtype=torch.int32))
+        self._io["valid_slots"].fill_(self._ring.valid_slots(start_frame))
+        self._rope.place(start_frame)
+
+    @torch.inference_mode()
+    def _hand_out(self, index: int) -> Chunk:
+        pixels = self._decoder.decode().float().clamp(-1, 1).mul(0.5).add(0.5)
+        return Chunk(index=index, latents=self._latent.clone(), pixels=pixels)
+
+    def _write_context(self, table_index: int) -> None:
+        """Leave the clean chunk's keys and values in the cache, for the chunks to come."""
+        self._io["layer_modulation"].copy_(self._layer_table[table_index])
+        self._dit_context.enqueue()
+
+    def _encode_prompt(self, prompt: str | torch.Tensor) -> None:
+        embeds = self._io["prompt_embeds"]
+        if isinstance(prompt, torch.Tensor):
+            if prompt.shape[1] > embeds.shape[1] or (prompt.shape[0], prompt.shape[2]) != (
+                embeds.shape[0],
+                embeds.shape[2],
+            ):
+                raise PromptError(f"prompt embedding {tuple(prompt.shape)} does not fit {tuple(embeds.shape)}")
+            embeds.zero_()
+            embeds[:, : prompt.shape[1]].copy_(prompt)
+        else:
+            self._encode_text(prompt)
+        self._engines.engines["prompt_kv"].enqueue()
+
+    def _encode_text(self, prompt: str) -> None:
+        text_encoder = self._engines.engines.get("text_encoder")
+        if text_encoder is None:
+            raise PromptError("this engine has no text encoder: give a prompt embedding, or rebuild it with cf-build")
+        if not prompt.strip():
+            raise PromptError("the prompt is empty: say what to show, as in --prompt 'a cat on a beach'")
+        batch, length = self._io["token_ids"].shape
+        if self._tokenizer is None:
+            pad_id = self._config.variant.model.text.pad_id
+            self._tokenizer = Tokenizer(self._engines.tokenizer_folder, length=length, pad_id=pad_id)
+        tokenized = self._tokenizer.encode([prompt] * batch)
+        if tokenized.dropped[0]:
+            warnings.warn(
+                f"the prompt is longer than {length} tokens; cut: {tokenized.dropped[0]!r}", PromptTruncated, stacklevel=4
+            )
+        self._io["token_ids"].copy_(torch.from_numpy(tokenized.token_ids))
+        self._io["token_mask"].copy_(torch.from_numpy(tokenized.token_mask))
+        text_encoder.enqueue()
+
+    def _encode_image(self, image: npt.NDArray[np.float32]) -> torch.Tensor:
+        expected = tuple(self._io["image"].shape)
+        if image.shape[1:] != expected[1:]:
+            raise ImageError(f"an image of shape {image.shape} does not fit the engine's {expected}: use load_image")
+        engines = self._engines.engines
+        encoder = WanEncoder(engines["vae_encoder_first"], engines["vae_encoder"], self._io)
+        return encoder.encode(torch.from_numpy(image))
+
+    def _split_initial(self, initial_latents: torch.Tensor | None) -> list[torch.Tensor]:
+        if initial_latents is None:
+            return []
+        chunk = self._latent.shape
+        batch, frames, *rest = initial_latents.shape
+        if (batch, *rest) != (chunk[0], *chunk[2:]) or frames % chunk[1]:
+            raise UsageError(
+                f"initial latents {tuple(initial_latents.shape)} do not fit: expected {tuple(chunk)} or a multiple of "
+                f"{chunk[1]} latent frames"
+            )
+        return list(initial_latents.split(chunk[1], dim=1))
+
+    def _make_decoder(self) -> StreamingDecoder:
+        engines = self._engines.engines
+        if "vae_decoder" not in engines:
+            return NoDecoder(self._io["latent"])
+        return WanDecoder(engines["vae_decoder_first"], engines["vae_decoder"], self._io)
+
+    def _write_modulation_tables(self) -> None:
+        """Compute the modulation of every timestep of the schedule; it never changes again."""
+        target = self._io["timestep_embedding"]
+        target.copy_(timestep_embedding(torch.tensor(self._plan.timesteps), target.shape[1]))
+        self._engines.engines["timestep_modulation"].enqueue()
+        self._layer_table = self._io["layer_modulation_table"]
+        self._head_table = self._io["head_modulation_table"]

@@ -1,0 +1,387 @@
+"""Runs golden cases, the recorded work of upstream's own code, through the ordinary loader, builder and session.
+
+`run_case` is what the golden folder's `check.py` calls. Engines are built once per shape into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from causal_forcing.build_engines.builder import BuildJob, build
+from causal_forcing.build_engines.model_loading import ReleasedModels
+from causal_forcing.build_engines.models.dit import rotate
+from causal_forcing.build_engines.weights import WeightFiles
+from causal_forcing.runtime.config import EngineConfig, op_digest, package_version
+from causal_forcing.runtime.decoder import WanDecoder
+from causal_forcing.runtime.encoder import WanEncoder
+from causal_forcing.runtime.engine import Engine, IOTensors
+from causal_forcing.runtime.loading import EngineSet, load_engines
+from causal_forcing.runtime.noise import GivenNoise
+from causal_forcing.runtime.rope import RopePhases
+from causal_forcing.runtime.schedule import FlowMatchSchedule, add_noise_, flow_to_x0_, timestep_embedding
+from causal_forcing.runtime.session import VideoSession
+from causal_forcing.runtime.spec import DiTSpec, Geometry, ModelSpec, TextSpec, VAESpec, Variant
+from causal_forcing.runtime.text import Tokenizer
+
+Case = Mapping[str, Any]
+Outputs = dict[str, torch.Tensor]
+
+_TOKENIZER = Path("wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl")
+
+
+def run_case(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Compute a golden case's outputs from its inputs.
+
+    Args:
+        name: Name of the case.
+        case: `manifest["cases"][name]`.
+        weights: `manifest["weights"]`.
+        folder: The golden folder.
+        engine: Backend that computes.
+
+    Raises:
+        NotImplementedError: This project does not serve the case.
+    """
+    runners: dict[str, Callable[..., Outputs]] = {
+        "dit_call_sequence": run_clip,
+        "pipeline": run_clip,
+        "text": run_text,
+        "vae": run_vae,
+        "scheduler": run_scheduler,
+        "functions": run_functions,
+    }
+    if case["kind"] not in runners:
+        raise NotImplementedError(f"{case['kind']} is not served")
+    torch.set_num_threads(2)
+    return runners[case["kind"]](name, case, weights, folder, engine)
+
+
+def run_clip(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Generate the case's clip with a `VideoSession` whose DiT engines are listened to."""
+    tensors = load_file(folder / case["file"])
+    recorder = Recorder()
+    with VideoSession(recorder.listen(build_case(case, weights, folder, engine))) as session:
+        chunks = list(
+            session.generate(
+                tensors["prompt_embeds"],
+                total_blocks=case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"],
+                initial_latents=tensors.get("initial_latent"),
+                noise=GivenNoise.from_file(folder / case["file"]),
+            )
+        )
+    outputs = {"latents": torch.cat([chunk.latents for chunk in chunks], dim=1)}
+    outputs["pixels_fp16"] = torch.cat([chunk.pixels for chunk in chunks], dim=1)
+    return outputs | recorder.outputs(tensors, shift=case["timestep_shift"])
+
+
+def run_text(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Encode the case's prompts, from text where it gives text."""
+    tensors = load_file(folder / case["file"])
+    ids, mask = tensors["input_ids"], tensors["attention_mask"]
+    if "texts" in case:
+        tokenized = Tokenizer(folder / _TOKENIZER, length=ids.shape[1], pad_id=0).encode(case["texts"])
+        ids, mask = torch.from_numpy(tokenized.token_ids), torch.from_numpy(tokenized.token_mask)
+    engines = build_part("text_encoder", weights, folder, engine, batch=ids.shape[0], text_len=ids.shape[1])
+    io_tensors = bind(engines)
+    io_tensors["token_ids"].copy_(ids)
+    io_tensors["token_mask"].copy_(mask)
+    engines.engines["text_encoder"].enqueue()
+    return {"prompt_embeds": io_tensors["prompt_embeds"], "input_ids": ids, "attention_mask": mask}
+
+
+def run_vae(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Decode the case's latents and encode its image and video, whichever it has."""
+    tensors = load_file(folder / case["file"])
+    outputs: Outputs = {}
+    if "latents" in tensors:
+        batch, frames, _, height, width = tensors["latents"].shape
+        engines = build_part("vae", weights, folder, engine, batch=batch, latent_hw=(height, width))
+        io_tensors = bind(engines)
+        decoder = WanDecoder(engines.engines["vae_decoder_first"], engines.engines["vae_decoder"], io_tensors)
+        pixels = []
+        for frame in range(frames):
+            io_tensors["latent"].copy_(tensors["latents"][:, frame : frame + 1])
+            pixels.append(decoder.decode().clone())
+        outputs["decoded_raw"] = torch.cat(pixels, dim=1)
+    for source, target in (("image", "image_latent"), ("video", "video_latent")):
+        if source in tensors:
+            batch, *_, height, width = tensors[source].shape
+            engines = build_part("vae", weights, folder, engine, batch=batch, latent_hw=(height // 8, width // 8))
+            encoder_engines = (engines.engines["vae_encoder_first"], engines.engines["vae_encoder"])
+            outputs[target] = WanEncoder(*encoder_engines, bind(engines)).encode(tensors[source])
+    if not outputs:
+        raise NotImplementedError("activations inside the VAE are not an engine's outputs")
+    return outputs
+
+
+def run_scheduler(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Evaluate the schedule and its two steps."""
+    tensors = load_file(folder / case["file"])
+    schedule = FlowMatchSchedule(case.get("timestep_shift", 5.0))
+    outputs = {"timesteps": schedule.timesteps, "sigmas": schedule.sigmas}
+    for key in tensors:
+        if key.startswith("warped."):
+            outputs[key] = schedule.warp([int(step) for step in key.removeprefix("warped.").split("_")])
+    sigma = schedule.sigma(tensors["timestep"]).reshape(-1, 1, 1, 1)
+    noisy = tensors["x0"].clone()
+    add_noise_(noisy, tensors["noise"], sigma)
+    outputs["add_noise.out"] = noisy.clone()
+    outputs["flow_to_x0.out"] = x0_of(tensors["add_noise.out"], tensors["flow"], sigma)
+    return outputs
+
+
+def run_functions(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
+    """Evaluate RoPE and the timestep embedding."""
+    tensors = load_file(folder / case["file"])
+    frames, rows, columns = tensors["rope.grid"].tolist()
+    outputs: Outputs = {}
+    for key in tensors:
+        if ".out.start" in key:
+            head, start = key.split(".out.start")
+            x = tensors[f"{head}.x"]
+            cos, sin = (torch.zeros(x.shape[1], x.shape[3] // 2) for _ in range(2))
+            RopePhases(cos, sin, frames=frames, rows=rows, columns=columns).place(int(start))
+            outputs[key] = rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
+        if key.startswith("sinusoid.dim") and key.endswith(".f64"):
+            dim = int(key.removeprefix("sinusoid.dim").removesuffix(".f64"))
+            outputs[key] = timestep_embedding(tensors["sinusoid.t"], dim)
+    return outputs
+
+
+class Recorder:
+    """Listens to a session's DiT engines: what goes in, what comes out, and what upstream's context pass would give.
+
+    Upstream evaluates the whole network in its context pass and throws the flow away; our context pass stops earlier. To
+    compare that flow too, the recorder runs `dit_step` on the same inputs and puts the caches back.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """(input, flow) of every call, in order."""
+        self.caches: list[dict[str, torch.Tensor]] = []
+        """KV caches after every call."""
+        self._io: Mapping[str, torch.Tensor] = {}
+        self._step: Engine | None = None
+        self._head_table: torch.Tensor | None = None
+
+    def listen(self, engines: EngineSet) -> EngineSet:
+        """Return the engine set with its DiT engines wrapped."""
+        self._step = engines.engines["dit_step"]
+        wrapped = {
+            name: Listener(engine, self) if name in ("dit_step", "dit_context") else engine
+            for name, engine in engines.engines.items()
+        }
+        return EngineSet(
+            folder=engines.folder, manifest=engines.manifest, engines=wrapped, device=engines.device
+        )
+
+    def bound(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember the session's buffers."""
+        self._io = io_tensors
+
+    def called(self, network: str) -> None:
+        """Record a call that has just run."""
+        caches = {name: tensor.clone() for name, tensor in self._io.items() if "_cache_" in name and name[0] in "kv"}
+        if network == "dit_context":
+            self._run_step_like_context()
+        self.calls.append((self._io["latent"].float().clone(), self._io["flow"].float().clone()))
+        self.caches.append(caches)
+        for name, tensor in caches.items():
+            self._io[name].copy_(tensor)
+
+    def outputs(self, tensors: Mapping[str, torch.Tensor], *, shift: float) -> Outputs:
+        """Return flow and x0 of every call under the golden names; timesteps come from the case's inputs."""
+        schedule = FlowMatchSchedule(shift)
+        outputs: Outputs = {}
+        for index, (latent, flow) in enumerate(self.calls):
+            outputs[f"call{index:03}.flow"] = flow
+            if (timestep := tensors.get(f"call{index:03}.timestep")) is not None:
+                sigma = schedule.sigma(timestep)[:, :, None, None, None]
+                outputs[f"call{index:03}.x0"] = x0_of(latent, flow, sigma)
+        return outputs
+
+    def _run_step_like_context(self) -> None:
+        # The context pass does not set the head's modulation: find the row whose layer modulation is in use.
+        table = self._io["layer_modulation_table"]
+        row = next(i for i in range(table.shape[0]) if torch.equal(table[i], self._io["layer_modulation"]))
+        self._io["head_modulation"].copy_(self._io["head_modulation_table"][row])
+        assert self._step is not None, "listen comes before any call"
+        self._step.enqueue()
+
+
+class Listener:
+    """An engine that tells a recorder of every call."""
+
+    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+        self.spec = engine.spec
+        self._engine, self._recorder = engine, recorder
+
+    def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine.bind`."""
+        self._engine.bind(io_tensors)
+        self._recorder.bound(io_tensors)
+
+    def enqueue(self) -> None:
+        """See `Engine.enqueue`."""
+        self._engine.enqueue()
+        self._recorder.called(self.spec.name)
+
+
+def x0_of(noisy: torch.Tensor, flow: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Apply the session's own flow-to-x0 step to a copy."""
+    latent = noisy.clone()
+    flow_to_x0_(latent, flow, sigma, torch.empty_like(latent, dtype=torch.float64))
+    return latent
+
+
+def bind(engines: EngineSet) -> IOTensors:
+    """Bind fresh buffers to engines that are used without a session."""
+    io_tensors = IOTensors((engine.spec for engine in engines.engines.values()), engines.device)
+    for engine in engines.engines.values():
+        engine.bind(io_tensors)
+    return io_tensors
+
+
+def build_case(case: Case, weights: Case, folder: Path, engine: str) -> EngineSet:
+    """Build and load the engines of a clip."""
+    dit = weights[case["weights"]]
+    first_chunk = case.get("denoising_step_list_first_chunk")
+    variant = Variant(
+        slug="golden",
+        summary="",
+        model=ModelSpec(
+            name="golden", dit=dit_spec(weights, case["weights"]), vae=vae_spec(weights), text=text_spec(weights)
+        ),
+        chunk_frames=case["num_frame_per_block"],
+        denoising_steps=tuple(case["denoising_step_list"]),
+        first_chunk_denoising_steps=None if first_chunk is None else tuple(first_chunk),
+        timestep_shift=case["timestep_shift"],
+        warp_steps=case["warp_denoising_step"],
+        context_timestep=float(case["context_noise"]),
+    )
+    windowed = case["local_attn_size"] != -1
+    height, width = case.get("latent_hw") or dit["latent_hw"]
+    geometry = Geometry(
+        chunk_frames=variant.chunk_frames,
+        pixel_height=8 * height,
+        pixel_width=8 * width,
+        window_frames=case["local_attn_size"] if windowed else case["kv_cache_frames"],
+        sink_frames=case["sink_size"] if windowed else 0,
+        batch=case["batch"],
+    )
+    parts = ("dit", "vae") if case["kind"] == "pipeline" else ("dit",)
+    return build_engines(variant, geometry, parts, case["weights"], weights, folder, engine)
+
+
+def build_part(
+    part: str,
+    weights: Case,
+    folder: Path,
+    engine: str,
+    *,
+    batch: int,
+    latent_hw: tuple[int, int] = (8, 8),
+    text_len: int = 512,
+) -> EngineSet:
+    """Build and load the engines of the VAE or the text encoder alone, at one latent frame a chunk."""
+    text = text_spec(weights)
+    # No DiT is built, only its input's shape counts.
+    dit = DiTSpec(dim=8, ffn_dim=8, num_heads=1, num_layers=1, freq_dim=8, text_dim=text.dim, text_len=text_len)
+    model = ModelSpec(name="golden", dit=dit, vae=vae_spec(weights), text=text)
+    variant = Variant(slug="golden", summary="", model=model, chunk_frames=1, takes_image=True)
+    geometry = Geometry(
+        chunk_frames=1, pixel_height=8 * latent_hw[0], pixel_width=8 * latent_hw[1], window_frames=1, batch=batch
+    )
+    return build_engines(variant, geometry, (part,), "", weights, folder, engine)
+
+
+def build_engines(
+    variant: Variant, geometry: Geometry, parts: tuple[str, ...], dit: str, weights: Case, folder: Path, engine: str
+) -> EngineSet:
+    """Build engines from golden weights through the ordinary loader, once per fingerprint, and load them."""
+    config = EngineConfig(
+        variant=variant,
+        geometry=geometry,
+        backend=engine,
+        backend_version="golden",
+        precision="fp32",
+        decoder="wan",
+        weights=f"{folder}:{dit}:{json.dumps(parts)}",
+        package_version=package_version(),
+        op_digest=op_digest(),
+    )
+    files = WeightFiles(
+        dit=folder / weights[dit]["file"] if dit else folder,
+        vae=folder / weights["vae"]["file"] if "vae" in weights else folder,
+        text_encoder=folder / weights["text"]["file"] if "text" in weights else folder,
+        tokenizer=folder / _TOKENIZER,
+    )
+    target = config.folder(build_root())
+    if not target.exists():
+        source = ReleasedModels(variant=variant, files=files, dtype=torch.float32)
+        build(BuildJob(config=config, source=source, tokenizer=files.tokenizer, parts=parts), target)
+    return load_engines(target, device="cpu")
+
+
+def dit_spec(weights: Case, name: str) -> DiTSpec:
+    """Return the specification of golden DiT weights."""
+    config = weights[name]["model_config"]
+    return DiTSpec(
+        **{key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")},
+        latent_channels=config["in_dim"],
+        patch_size=config["patch_size"][1],
+        eps=config["eps"],
+    )
+
+
+def vae_spec(weights: Case) -> VAESpec:
+    """Return the specification of the golden VAE, or some VAE's where there is none."""
+    if "vae" not in weights:
+        return VAESpec(base_dim=8)
+    entry = weights["vae"]
+    config = entry["model_config"]
+    return VAESpec(
+        base_dim=config["dim"],
+        dim_mult=tuple(config["dim_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        temporal_downsample=tuple(config["temperal_downsample"]),
+        latent_channels=config["z_dim"],
+        latent_mean=tuple(entry["mean"]),
+        latent_std=tuple(entry["std"]),
+    )
+
+
+def text_spec(weights: Case) -> TextSpec:
+    """Return the specification of the golden text encoder, or some encoder's where there is none."""
+    if "text" not in weights:
+        return TextSpec(vocab_size=8, dim=8, attention_dim=8, ffn_dim=8, num_heads=1, num_layers=1)
+    config = weights["text"]["model_config"]
+    return TextSpec(
+        vocab_size=config["vocab_size"],
+        dim=config["dim"],
+        attention_dim=config["dim_attn"],
+        ffn_dim=config["dim_ffn"],
+        num_heads=config["num_heads"],
+        num_layers=config["encoder_layers"],
+        num_buckets=config["num_buckets"],
+        max_distance=config["max_dist"],
+        eps=config["eps"],
+    )
+
+
+@functools.cache
+def build_root() -> Path:
+    """Return a temporary folder for engines that lives as long as the process."""
+    root = Path(tempfile.mkdtemp(prefix="golden-engines-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
