@@ -199,4 +199,6 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def _cannot_write(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose --output FOLDER")
+    return OutputError(
+        f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose --output FOLDER"
+    )

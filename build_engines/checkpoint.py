@@ -6,7 +6,6 @@ smuggles Python code is refused instead of run.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import warnings
@@ -163,20 +162,6 @@ def load_into(
     module.requires_grad_(False).eval()
     hollow = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not hollow, f"{type(module).__name__} made buffers on meta that no file fills: {_first(hollow)}"
-
-
-def checkpoint_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    _require_content(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import torch
 
 from causal_forcing.build_engines.networks import Network, example_inputs
@@ -60,18 +61,11 @@ def save_onnx(program: torch.export.ExportedProgram, network: Network, path: Pat
     model = exported.model
     model.ir_version = IR_VERSION
     if any(node.domain == DOMAIN and node.op_type == ONNX_NAME for node in model.graph):
-        model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir_function(cache_writes)
+        model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir.serde.deserialize_function(function_body(writes=cache_writes))
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with _quiet():
         exported.save(path, external_data=weight_bytes > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path), full_check=weight_bytes <= EXTERNAL_DATA_BYTES)
-
-
-def onnx_ir_function(cache_writes: int) -> object:
-    """Return the op's function body in the exporter's own representation."""
-    import onnx_ir  # comes with onnxscript
-
-    return onnx_ir.from_proto(function_body(writes=cache_writes))
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ from torch import nn
 
 from causal_forcing.build_engines.checkpoint import load_into, read_state_dict
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.models.text_encoder import TextEncoder, upstream_names
+from causal_forcing.build_engines.models.text_encoder import TextEncoder, load_text_encoder
 from causal_forcing.build_engines.models.vae import WanVAE
-from causal_forcing.build_engines.weights import WeightFiles, randomise
+from causal_forcing.build_engines.random_weights import randomise
+from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.spec import ModelSpec, Variant
-
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +33,31 @@ class ModelSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HollowModels:
+    """Models without weights, on torch's meta device: shapes and sizes for planning."""
+
+    model: ModelSpec
+    """Sizes."""
+    dtype: torch.dtype
+    """Dtype of all weights."""
+
+    def dit(self) -> CausalDiT:
+        """See `ModelSource.dit`."""
+        with torch.device("meta"):
+            return CausalDiT(self.model.dit).to(self.dtype)
+
+    def vae(self) -> WanVAE:
+        """See `ModelSource.vae`."""
+        with torch.device("meta"):
+            return WanVAE(self.model.vae).to(self.dtype)
+
+    def text_encoder(self) -> TextEncoder:
+        """See `ModelSource.text_encoder`."""
+        with torch.device("meta"):
+            return TextEncoder(self.model.text, max_tokens=self.model.dit.text_len).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RandomModels:
     """Models with seeded random weights, the same on every machine."""
 
@@ -45,15 +70,18 @@ class RandomModels:
 
     def dit(self) -> CausalDiT:
         """See `ModelSource.dit`."""
-        return self._fill(_hollow_dit(self.model))
+        return self._fill(self._hollow().dit())
 
     def vae(self) -> WanVAE:
         """See `ModelSource.vae`."""
-        return self._fill(_hollow_vae(self.model))
+        return self._fill(self._hollow().vae())
 
     def text_encoder(self) -> TextEncoder:
         """See `ModelSource.text_encoder`."""
-        return self._fill(_hollow_text_encoder(self.model))
+        return self._fill(self._hollow().text_encoder())
+
+    def _hollow(self) -> HollowModels:
+        return HollowModels(model=self.model, dtype=self.dtype)
 
     def _fill(self, module: Model) -> Model:
         randomise(module, self.seed, dtype=self.dtype)
@@ -73,36 +101,22 @@ class ReleasedModels:
 
     def dit(self) -> CausalDiT:
         """See `ModelSource.dit`."""
-        module = _hollow_dit(self.variant.model)
+        module = self._hollow().dit()
         state = read_state_dict(self.files.dit, use_ema=self.variant.use_ema)
         load_into(module, state, dtype=self.dtype, what=f"the DiT of {self.variant.slug}")
         return module
 
     def vae(self) -> WanVAE:
         """See `ModelSource.vae`."""
-        module = _hollow_vae(self.variant.model)
+        module = self._hollow().vae()
         load_into(module, read_state_dict(self.files.vae), dtype=self.dtype, what="the Wan VAE")
         return module
 
     def text_encoder(self) -> TextEncoder:
         """See `ModelSource.text_encoder`."""
-        module = _hollow_text_encoder(self.variant.model)
+        model = self.variant.model
         state = read_state_dict(self.files.text_encoder)
-        names = upstream_names(self.variant.model.text)
-        load_into(module, state, dtype=self.dtype, what="the UMT5 encoder", names=names)
-        return module
+        return load_text_encoder(state, model.text, dtype=self.dtype, max_tokens=model.dit.text_len)
 
-
-def _hollow_dit(model: ModelSpec) -> CausalDiT:
-    with torch.device("meta"):
-        return CausalDiT(model.dit)
-
-
-def _hollow_vae(model: ModelSpec) -> WanVAE:
-    with torch.device("meta"):
-        return WanVAE(model.vae)
-
-
-def _hollow_text_encoder(model: ModelSpec) -> TextEncoder:
-    with torch.device("meta"):
-        return TextEncoder(model.text, max_tokens=model.dit.text_len)
+    def _hollow(self) -> HollowModels:
+        return HollowModels(model=self.variant.model, dtype=self.dtype)

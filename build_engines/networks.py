@@ -30,7 +30,15 @@ from causal_forcing.build_engines.models.vae import (
     decoder_cache_shapes,
     encoder_cache_shapes,
 )
-from causal_forcing.runtime.spec import FRAMES_PER_LATENT, DiTSpec, Geometry, IOTensor, NetworkSpec, VAESpec, frame_count
+from causal_forcing.runtime.spec import (
+    FRAMES_PER_LATENT,
+    DiTSpec,
+    Geometry,
+    IOTensor,
+    NetworkSpec,
+    VAESpec,
+    frame_count,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +126,14 @@ def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list
     return [
         Network(
             spec=NetworkSpec(
-                name="vae_decoder_first", inputs=(latent,), outputs=(pixels("pixels_first", frame_count(frames)), *caches)
+                name="vae_decoder_first",
+                inputs=(latent,),
+                outputs=(pixels("pixels_first", frame_count(frames)), *caches),
             ),
             module=VAEDecoderFirst(vae),
         ),
         Network(
-            spec=_with_carried_states(
-                "vae_decoder", latent, pixels("pixels", FRAMES_PER_LATENT * frames), caches
-            ),
+            spec=_with_carried_states("vae_decoder", latent, pixels("pixels", FRAMES_PER_LATENT * frames), caches),
             module=VAEDecoder(vae),
         ),
     ]
@@ -208,16 +216,12 @@ def _modulation_spec(spec: DiTSpec, precision: str, timesteps: int) -> NetworkSp
         name="timestep_modulation",
         inputs=(IOTensor(name="timestep_embedding", shape=(timesteps, spec.freq_dim), dtype="float32"),),
         outputs=(
-            IOTensor(
-                name="layer_modulation_table", shape=(timesteps, spec.num_layers, 6, spec.dim), dtype=precision
-            ),
+            IOTensor(name="layer_modulation_table", shape=(timesteps, spec.num_layers, 6, spec.dim), dtype=precision),
             IOTensor(name="head_modulation_table", shape=(timesteps, 2, spec.dim), dtype=precision),
         ),
     )
 
 
-def _prompt_kv_spec(
-    spec: DiTSpec, geometry: Geometry, precision: str, cross: tuple[IOTensor, ...]
-) -> NetworkSpec:
+def _prompt_kv_spec(spec: DiTSpec, geometry: Geometry, precision: str, cross: tuple[IOTensor, ...]) -> NetworkSpec:
     embeds = IOTensor(name="prompt_embeds", shape=(geometry.batch, spec.text_len, spec.text_dim), dtype=precision)
     return NetworkSpec(name="prompt_kv", inputs=(embeds,), outputs=cross)

@@ -1,9 +1,7 @@
-"""Where weights come from: the user's files, the hub's cache, a download, or a seed."""
+"""Where released weights come from: the user's files, the hub's cache, or a download at a pinned revision."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shlex
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -11,24 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from causal_forcing.build_engines.checkpoint import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from causal_forcing.runtime.config import CHECKPOINT_REPOSITORY, CHECKPOINT_REVISION, WAN_REPOSITORY, WAN_REVISION
 from causal_forcing.runtime.errors import WeightsMissingError
 from causal_forcing.runtime.spec import Variant
-
-CAUSAL_FORCING_REPO = "zhuhz22/Causal-Forcing"
-CAUSAL_FORCING_REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"
-WAN_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
-WAN_REVISION = "37ec512624d61f7aa208f7ea8140a131f93afc9a"
 
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
-
-# Random numbers drawn at a time: bounds the temporaries to a few hundred megabytes.
-_DRAW_PART = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +31,11 @@ class WeightFiles:
     """The Wan VAE."""
     tokenizer: Path
     """Folder that holds `tokenizer.json`."""
+
+    def paths(self) -> dict[str, Path]:
+        """Return the files by role."""
+        tokenizer = self.tokenizer / "tokenizer.json"
+        return {"dit": self.dit, "text_encoder": self.text_encoder, "vae": self.vae, "tokenizer": tokenizer}
 
 
 class PlannedDownload(NamedTuple):
@@ -154,8 +147,8 @@ def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -
         checkpoint, dit_root = checkpoint / dit_file, checkpoint
     parts = {
         "dit": _Part(
-            repo=CAUSAL_FORCING_REPO,
-            revision=CAUSAL_FORCING_REVISION,
+            repo=CHECKPOINT_REPOSITORY,
+            revision=CHECKPOINT_REVISION,
             filename=dit_file,
             given=checkpoint,
             root=dit_root,
@@ -163,7 +156,7 @@ def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -
     }
     for role, filename in (("text_encoder", TEXT_ENCODER_FILE), ("vae", VAE_FILE), ("tokenizer", TOKENIZER_FILE)):
         parts[role] = _Part(
-            repo=WAN_REPO,
+            repo=WAN_REPOSITORY,
             revision=WAN_REVISION,
             filename=filename,
             given=wan_folder and wan_folder / filename,
@@ -185,19 +178,19 @@ def _explain(
         facts.append(f"{', '.join(files)} of {repo}@{revision} not in the hub's cache")
     if absent and reason:
         facts.append(f"no download ({reason})")
-    folders = {CAUSAL_FORCING_REPO: Path("Causal-Forcing"), WAN_REPO: Path("Wan2.1-T2V-1.3B")}
+    folders = {CHECKPOINT_REPOSITORY: Path("Causal-Forcing"), WAN_REPOSITORY: Path("Wan2.1-T2V-1.3B")}
     folders |= {part.repo: part.root for part in missing if part.root is not None}
     commands = [
         f"hf download {repo} {shlex.join(files)} --revision {revision} --local-dir {shlex.quote(str(folders[repo]))}"
         for (repo, revision), files in _by_repo(missing)
     ]
     repos = {part.repo for part in missing}
-    dit = folders[CAUSAL_FORCING_REPO] if CAUSAL_FORCING_REPO in repos or checkpoint is None else checkpoint
-    wan = folders[WAN_REPO] if WAN_REPO in repos or wan_folder is None else wan_folder
+    dit = folders[CHECKPOINT_REPOSITORY] if CHECKPOINT_REPOSITORY in repos or checkpoint is None else checkpoint
+    wan = folders[WAN_REPOSITORY] if WAN_REPOSITORY in repos or wan_folder is None else wan_folder
     options = []
-    if CAUSAL_FORCING_REPO in repos or checkpoint is not None:
+    if CHECKPOINT_REPOSITORY in repos or checkpoint is not None:
         options.append(f"--checkpoint {shlex.quote(str(dit))}")
-    if WAN_REPO in repos or wan_folder is not None:
+    if WAN_REPOSITORY in repos or wan_folder is not None:
         options.append(f"--wan-folder {shlex.quote(str(wan))}")
     return (
         f"weights of {variant.slug} not found: {'; '.join(facts)}; where there is network run "
@@ -210,75 +203,3 @@ def _by_repo(parts: Iterable[_Part]) -> Iterator[tuple[tuple[str, str], list[str
     for part in parts:
         files.setdefault((part.repo, part.revision), []).append(part.filename)
     yield from files.items()
-
-
-def random_state_dict(
-    module: torch.nn.Module, seed: int, *, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """Draw weights for every parameter of a module.
-
-    A tensor depends on the seed, its name and its shape alone, and is the same to the last bit on every machine. Scales
-    keep activations near 1.
-
-    Args:
-        module: The network, on any device, `meta` included; it is not changed.
-        seed: Any integer.
-        dtype: Type of the tensors; numbers are drawn in float32 and rounded.
-    """
-    return dict(_random_tensors(module, seed, dtype))
-
-
-def randomise(module: torch.nn.Module, seed: int, *, dtype: torch.dtype = torch.float32) -> None:
-    """Give a module the weights of `random_state_dict`, tensor by tensor, on the CPU.
-
-    The module may be on `meta`. It is left in evaluation mode and without gradients.
-    """
-    for name, tensor in _random_tensors(module, seed, dtype):
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    module.eval()
-
-
-def _random_tensors(module: torch.nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    embeddings = {
-        f"{path}.weight".removeprefix(".")
-        for path, part in module.named_modules()
-        if isinstance(part, torch.nn.Embedding)
-    }
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-        mean, spread = _distribution(name, tuple(parameter.shape), name in embeddings)
-        yield name, _draw(f"{seed}:{name}", tuple(parameter.shape), mean, spread, dtype)
-
-
-def _distribution(name: str, shape: tuple[int, ...], is_embedding: bool) -> tuple[float, float]:
-    """Return mean and standard deviation of a parameter's numbers."""
-    leaf = name.rpartition(".")[2]
-    if leaf == "modulation":
-        return 0.0, shape[-1] ** -0.5
-    if leaf == "bias":
-        return 0.0, 0.02
-    if leaf == "gamma" or len(shape) == 1:
-        return 1.0, 0.1
-    if is_embedding:
-        return 0.0, 0.5
-    deviation = math.prod(shape[1:]) ** -0.5
-    # T5 does not scale its attention logits; at 64 dimensions a head, unit queries would saturate the softmax.
-    return 0.0, deviation / 8 if name.endswith("SelfAttention.q.weight") else deviation
-
-
-def _draw(key: str, shape: tuple[int, ...], mean: float, deviation: float, dtype: torch.dtype) -> torch.Tensor:
-    """Draw bell-shaped numbers: each the sum of four 16-bit uniforms from a counter-based generator.
-
-    Only integer sums and single float32 operations are involved, so that no machine's logarithm or cosine can differ.
-    """
-    words = np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
-    result = torch.empty(math.prod(shape), dtype=dtype, device="cpu")
-    centre = 2 * 0xFFFF
-    scale = np.float32(deviation / math.sqrt(4 * (0x10000**2 - 1) / 12))
-    lanes = np.uint64(0x0000FFFF0000FFFF)
-    for part in torch.split(result, _DRAW_PART):
-        word = words.random_raw(part.numel())
-        pairs = (word & lanes) + ((word >> np.uint64(16)) & lanes)
-        total = ((pairs & np.uint64(0xFFFFFFFF)) + (pairs >> np.uint64(32))).astype(np.int32)
-        part.copy_(torch.from_numpy((total - centre).astype(np.float32) * scale + np.float32(mean)))
-    return result.reshape(shape)

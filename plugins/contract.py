@@ -12,8 +12,8 @@ Inputs:
     scale: float attribute, the factor on q·k.
 
 Effect: k and v are written into their slots; every query attends to every valid slot without a mask inside the chunk.
-Keys carry their absolute RoPE phase and attention does not depend on the order of keys, so the cache can be a ring behind
-the sink frames in which nothing is ever shifted. What lies beyond `valid_slots` changes nothing.
+Keys carry their absolute RoPE phase and attention does not depend on the order of keys, so the cache can be a ring
+behind the sink frames in which nothing is ever shifted. What lies beyond `valid_slots` changes nothing.
 
 Outputs: out [B, N, L, D], and the two caches, which alias their inputs wherever the body can write in place.
 

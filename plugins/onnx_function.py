@@ -27,7 +27,9 @@ def translation_table() -> Mapping[Any, Callable[..., Any]]:
     """Return the functional torch op's translation, for `torch.onnx.export(custom_translation_table=…)`."""
     node = values.Op(values.Opset(DOMAIN, 1), ONNX_NAME, _schema())
 
-    def translate(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, valid_slots: Any, scale: float) -> Any:
+    def translate(
+        q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, valid_slots: Any, scale: float
+    ) -> Any:
         # With `plugin_namespace` on the node, TensorRT takes our plugin if one is registered and the body otherwise.
         return node(
             *(q, k, v, k_cache, v_cache, slots, valid_slots),
@@ -58,9 +60,7 @@ def function_body(*, writes: int) -> onnx.FunctionProto:
         *_cache_writes(writes),
         *_valid_mask(),
     ]
-    attention = helper.make_node(
-        "Attention", ["q", "k_cache_out", "v_cache_out", "mask"], ["out"], name="attention"
-    )
+    attention = helper.make_node("Attention", ["q", "k_cache_out", "v_cache_out", "mask"], ["out"], name="attention")
     attention.attribute.append(helper.make_attribute_ref("scale", onnx.AttributeProto.FLOAT))
     return helper.make_function(
         DOMAIN, ONNX_NAME, INPUTS, OUTPUTS, [*nodes, attention], [helper.make_opsetid("", OPSET)], ["scale"]
@@ -91,9 +91,7 @@ def _cache_writes(writes: int) -> list[onnx.NodeProto]:
     for tensor in ("k", "v"):
         parts = [tensor] if writes == 1 else [f"{tensor}_{index}" for index in range(writes)]
         if writes > 1:
-            nodes.append(
-                helper.make_node("Split", [tensor], parts, name=f"split_{tensor}", axis=2, num_outputs=writes)
-            )
+            nodes.append(helper.make_node("Split", [tensor], parts, name=f"split_{tensor}", axis=2, num_outputs=writes))
         cache = f"{tensor}_cache"
         for index, part in enumerate(parts):
             written = f"{tensor}_cache_out" if index == writes - 1 else f"{tensor}_cache_{index}"

@@ -66,7 +66,7 @@ def choose_backend(name: str, device: str) -> tuple[Backend, str]:
             if backend.installed() and (backend.runs_on_gpu or not wants_gpu):
                 return backend, f"first backend installed here that runs on {device}"
         raise BackendUnavailableError(
-            f"no usable backend for {device}: {', '.join(BACKENDS)} are not installed; install one: pip install onnxruntime"
+            f"no usable backend for {device}: got none of {', '.join(BACKENDS)}; install one: pip install onnxruntime"
         )
     if name in PLANNED_BACKENDS:
         raise BackendUnavailableError(

@@ -30,6 +30,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Precision to element type."""
 
+DEFAULT_SLUG = "tiny"
+"""What runs where no slug is given: the one model whose weights need no download."""
+
 DECODERS = ("wan",)
 """Decoders that an engine can be built with."""
 
@@ -58,6 +61,11 @@ def package_version() -> str:
         return "unknown"
 
 
+def launched_processes() -> int:
+    """Return how many processes a launcher such as torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def op_digest() -> str:
     """Return a hash of the op's sources: an engine holds the op as it was when it was built."""
     digest = hashlib.sha256()
@@ -72,8 +80,8 @@ def op_digest() -> str:
 class EngineOptions:
     """What the user says about an engine; None inherits the variant's or the backend's default."""
 
-    slug: str
-    """Which model and way of running it; see `cf-generate --list`."""
+    slug: str = DEFAULT_SLUG
+    """Model and way of running it; `cf-generate --list` shows all."""
     backend: str = "auto"
     """Backend that runs the engine, or auto."""
     precision: str | None = None

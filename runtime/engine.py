@@ -66,8 +66,8 @@ class IOTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of all distinct buffers."""
-        distinct = {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}
-        return sum(distinct.values())
+    @classmethod
+    def measure(cls, networks: Iterable[NetworkSpec]) -> int:
+        """Return the bytes that the buffers of these networks take, without taking them."""
+        buffers = cls(networks, torch.device("meta"))
+        return sum({id(tensor): tensor.nbytes for tensor in buffers.values()}.values())

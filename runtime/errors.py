@@ -7,7 +7,7 @@
     │   ├── ImageError                             missing, unreadable or unfit conditioning image
     │   ├── CheckpointError                        unreadable, unsafe or misfitting weights
     │   └── RecordError                            unreadable or incompatible clip record
-    └── EnvironmentFault                  exit 3   the request is right, this machine or folder cannot serve it
+    └── RequirementError                  exit 3   the request is right, this machine or folder cannot serve it
         ├── BackendUnavailableError                no usable backend, or the chosen one is not installed
         ├── WeightsMissingError                    released weights are neither here nor downloadable
         ├── EngineNotFoundError                    no engine directory there
@@ -69,25 +69,25 @@ class RecordError(UsageError):
     """A clip record that cannot be read or repeated."""
 
 
-class EnvironmentFault(CausalForcingError):
+class RequirementError(CausalForcingError):
     """The request is right, but this machine or folder cannot serve it."""
 
     exit_code = 3
 
 
-class BackendUnavailableError(EnvironmentFault):
+class BackendUnavailableError(RequirementError):
     """No usable backend, or the chosen one is not installed here."""
 
 
-class WeightsMissingError(EnvironmentFault):
+class WeightsMissingError(RequirementError):
     """Released weights are neither on this machine nor downloadable from it."""
 
 
-class EngineNotFoundError(EnvironmentFault):
+class EngineNotFoundError(RequirementError):
     """There is no engine directory where one was expected."""
 
 
-class EngineMismatchError(EnvironmentFault):
+class EngineMismatchError(RequirementError):
     """An engine built for something else.
 
     Args:
@@ -102,13 +102,13 @@ class EngineMismatchError(EnvironmentFault):
         self.field = field
 
 
-class EngineDamagedError(EnvironmentFault):
+class EngineDamagedError(RequirementError):
     """Engine files that are missing or were altered after the build."""
 
 
-class BuildLockedError(EnvironmentFault):
+class BuildLockedError(RequirementError):
     """Another build of the same engine is running."""
 
 
-class OutputError(EnvironmentFault):
+class OutputError(RequirementError):
     """The result cannot be written."""

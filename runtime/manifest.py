@@ -91,7 +91,9 @@ def read_manifest(folder: Path) -> Manifest:
         fields = content["config"]
         schema_version = content["schema_version"]
     except FileNotFoundError:
-        raise EngineNotFoundError(f"no engine in {folder}: {MANIFEST_NAME} is not there; build one: cf-build SLUG") from None
+        raise EngineNotFoundError(
+            f"no engine in {folder}: {MANIFEST_NAME} is not there; build one: cf-build SLUG"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EngineDamagedError(f"{path} is not a readable manifest ({error!r}); rebuild it: cf-build SLUG") from error
     fix = build_command(fields) if isinstance(fields, dict) else "cf-build SLUG"
@@ -99,7 +101,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineMismatchError("schema_version", got=schema_version, expected=SCHEMA_VERSION, fix=fix)
     try:
         if fingerprint_of(fields) != content["fingerprint"]:
-            raise EngineDamagedError(f"{path} was altered: its fingerprint does not match its content; rebuild it: {fix}")
+            raise EngineDamagedError(
+                f"{path} was altered: its fingerprint does not match its content; rebuild it: {fix}"
+            )
         manifest = Manifest(
             config=_config(fields),
             networks=tuple(_network(network) for network in content["networks"]),
@@ -161,7 +165,9 @@ def describe_files(folder: Path) -> dict[str, EngineFile]:
 def _config(fields: dict[str, Any]) -> EngineConfig:
     variant = dict(fields["variant"])
     model = variant["model"]
-    vae = {name: tuple(value) if isinstance(value, list) else value for name, value in model["vae"].items()}
+    vae: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in model["vae"].items()
+    }
     variant["model"] = ModelSpec(
         name=model["name"], dit=DiTSpec(**model["dit"]), vae=VAESpec(**vae), text=TextSpec(**model["text"])
     )

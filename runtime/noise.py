@@ -1,7 +1,7 @@
 """Noise of a clip, drawn on the CPU from (seed, chunk, pass), or given.
 
-Drawn so, a clip is the same on every backend and any number of GPUs, can go on without end, and can be repeated from its
-record. NumPy's Philox is a counter-based generator: every (chunk, pass) has a stream of its own, in any order.
+Drawn so, a clip is the same on every backend and any number of GPUs, can go on without end, and can be repeated from
+its record. NumPy's Philox is a counter-based generator: every (chunk, pass) has a stream of its own, in any order.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class NoiseSource(Protocol):
 
         Args:
             chunk_index: Generated chunk, from 0; initial latents do not count.
-            noise: [passes, B, F, C, h, w] fp32 cpu, overwritten. Entry 0 is what the first pass starts from, entry i > 0
-                what is added after pass i − 1.
+            noise: [passes, B, F, C, h, w] fp32 cpu, overwritten. Entry 0 is what the first pass starts from, entry
+                i > 0 what is added after pass i − 1.
         """
 
 

@@ -36,9 +36,7 @@ class RopePhases:
     causal_rope_apply.
     """
 
-    def __init__(
-        self, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *, frames: int, rows: int, columns: int
-    ) -> None:
+    def __init__(self, rope_cos: torch.Tensor, rope_sin: torch.Tensor, *, frames: int, rows: int, columns: int) -> None:
         self._frames = frames
         self._time_dim, row_dim, column_dim = axis_dims(2 * rope_cos.shape[1])
         row_angles = _angles(torch.arange(rows), row_dim)[:, None].expand(rows, columns, -1)

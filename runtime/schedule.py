@@ -133,9 +133,7 @@ def plan_denoising(
     )
 
 
-def flow_to_x0_(
-    latent: torch.Tensor, flow: torch.Tensor, sigma: float | torch.Tensor, workspace: torch.Tensor
-) -> None:
+def flow_to_x0_(latent: torch.Tensor, flow: torch.Tensor, sigma: float | torch.Tensor, workspace: torch.Tensor) -> None:
     """Turn a noisy latent into the estimate of the clean one, in place: x0 = x_t − sigma·flow.
 
     Args:

@@ -1,7 +1,7 @@
 """The hot path: a prompt to chunks of frames.
 
-A clip, read from top to bottom: encode the prompt; for each chunk place it in the cache, denoise it in a few passes, decode
-it, hand it out, and write its clean keys and values with the context pass.
+A clip, read from top to bottom: encode the prompt; for each chunk place it in the cache, denoise it in a few passes,
+decode it, hand it out, and write its clean keys and values with the context pass.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class VideoSession:
             noise: Where noise comes from, in place of the seed.
 
         Returns:
-            An iterator over the chunks. Each is decoded when it is asked for; its context pass runs when the next one is
-            asked for. Starting another clip ends this one.
+            An iterator over the chunks. Each is decoded when it is asked for; its context pass runs when the next one
+            is asked for. Starting another clip ends this one.
 
         Raises:
             PromptError: The prompt is empty, or the engines have no text encoder.
@@ -125,7 +125,9 @@ class VideoSession:
             raise ImageError(f"{variant.slug} starts from an image and none was given: add --image-path FILE")
         if image is not None:
             if not variant.takes_image:
-                raise ImageError(f"{variant.slug} makes video from text alone: leave out --image-path or use an i2v slug")
+                raise ImageError(
+                    f"{variant.slug} makes video from text alone: leave out --image-path or use an i2v slug"
+                )
             initial_latents = self._encode_image(image)
         initial = self._split_initial(initial_latents)
         self._encode_prompt(prompt)
@@ -222,7 +224,9 @@ class VideoSession:
         tokenized = self._tokenizer.encode([prompt] * batch)
         if tokenized.dropped[0]:
             warnings.warn(
-                f"the prompt is longer than {length} tokens; cut: {tokenized.dropped[0]!r}", PromptTruncated, stacklevel=4
+                f"the prompt is longer than {length} tokens; cut: {tokenized.dropped[0]!r}",
+                PromptTruncated,
+                stacklevel=4,
             )
         self._io["token_ids"].copy_(torch.from_numpy(tokenized.token_ids))
         self._io["token_mask"].copy_(torch.from_numpy(tokenized.token_mask))
@@ -246,7 +250,7 @@ class VideoSession:
                 f"initial latents {tuple(initial_latents.shape)} do not fit: expected {tuple(chunk)} or a multiple of "
                 f"{chunk[1]} latent frames"
             )
-        return list(initial_latents.split(chunk[1], dim=1))
+        return list(torch.split(initial_latents, chunk[1], dim=1))
 
     def _make_decoder(self) -> StreamingDecoder:
         engines = self._engines.engines

@@ -292,8 +292,8 @@ class Geometry:
             )
         if self.sink_frames + self.chunk_frames > self.window_frames:
             raise UsageError(
-                f"a window of {self.window_frames} latent frames cannot hold {self.sink_frames} sink frames and a chunk "
-                f"of {self.chunk_frames}: use --window-frames {self.sink_frames + self.chunk_frames} or more"
+                f"a window of {self.window_frames} latent frames cannot hold {self.sink_frames} sink frames and a "
+                f"chunk of {self.chunk_frames}: use --window-frames {self.sink_frames + self.chunk_frames} or more"
             )
 
     @property
@@ -325,7 +325,9 @@ class Geometry:
     def ring_is_chunk_aligned(self) -> bool:
         """Whether every chunk lands in consecutive slots, so that one linear write places it."""
         ring_frames = self.window_frames - self.sink_frames
-        return self.chunk_frames == 1 or (ring_frames % self.chunk_frames == 0 and self.sink_frames % self.chunk_frames == 0)
+        return self.chunk_frames == 1 or (
+            ring_frames % self.chunk_frames == 0 and self.sink_frames % self.chunk_frames == 0
+        )
 
 
 def frame_count(latent_frames: int) -> int:

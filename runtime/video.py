@@ -35,8 +35,6 @@ _HYBRID_FLAGS = "hybrid_fragmented+frag_every_frame"
 _FRAGMENTED_FLAGS = "empty_moov+default_base_moof+frag_every_frame"
 _BT709 = 1
 """The code of BT.709 for primaries, transfer and matrix alike (ITU-T H.273)."""
-_LIMITED_RANGE = 1
-"""FFmpeg's code of the 16–235 range that players expect of H.264."""
 _FRAME_FILE = re.compile(r"frame_\d{5,}\.png")
 
 
@@ -163,7 +161,6 @@ class Mp4Sink:
         context.max_b_frames = 0
         context.thread_count = min(4, os.cpu_count() or 1)  # more only cuts a 480-line frame into thinner slices
         context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED_RANGE
         if self._codec == "libx264":
             # Without look-ahead and B-frames a frame leaves the encoder in the call that brought it.
             context.options = {"crf": str(self._crf), "preset": "veryfast", "tune": "zerolatency"}
@@ -251,7 +248,8 @@ class PngSink:
                 part.replace(self._folder / f"frame_{self._frames_written:05d}.png")
                 self._frames_written += 1
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise _output_error(self._folder, error, self._frames_written) from error
 
     def close(self) -> None:

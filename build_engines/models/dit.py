@@ -4,8 +4,8 @@ One set of parameters (`CausalDiT`, upstream's key names) serves four exported n
 schedule is fixed), `PromptKV` (once a prompt), `DiTStep` (every denoising pass) and `DiTContext` (once a chunk).
 
 Source of the maths: thu-ml/Causal-Forcing@1fc7bbc wan/modules/causal_model.py and wan/modules/model.py. We differ in
-form only: the timestep's modulation, the prompt's keys and values and the RoPE phases are computed outside the pass, and
-the cache is a ring that nothing shifts.
+form only: the timestep's modulation, the prompt's keys and values and the RoPE phases are computed outside the pass,
+and the cache is a ring that nothing shifts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Turn [B, L, N·D] into [B, N, L, D]."""
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Turn [B, N, L, D] into [B, L, N·D]."""
@@ -94,7 +94,11 @@ class Layer(nn.Module):
         return kv_cache_attention(q, rotate(k, *rope), v, *caches, slots, valid_slots, self.self_attn.scale)
 
     def finish(
-        self, x: torch.Tensor, attention: torch.Tensor, modulation: torch.Tensor, cross: tuple[torch.Tensor, torch.Tensor]
+        self,
+        x: torch.Tensor,
+        attention: torch.Tensor,
+        modulation: torch.Tensor,
+        cross: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Add self-attention, cross-attention and feed-forward to the residual stream [B, L, dim]."""
         _, _, gate_attention, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
@@ -103,7 +107,8 @@ class Layer(nn.Module):
         # Padding rows of the prompt take part: upstream passes no mask and no lengths.
         attended = F.scaled_dot_product_attention(queries, *cross, scale=self.cross_attn.scale)
         x = x + self.cross_attn.o(self.cross_attn.merge_heads(attended))
-        return x + gate_ffn * self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
+        hidden: torch.Tensor = self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
+        return x + gate_ffn * hidden
 
 
 class Head(nn.Module):
@@ -133,7 +138,9 @@ class CausalDiT(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(spec.text_dim, spec.dim), nn.GELU(approximate="tanh"), nn.Linear(spec.dim, spec.dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(spec.freq_dim, spec.dim), nn.SiLU(), nn.Linear(spec.dim, spec.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(spec.freq_dim, spec.dim), nn.SiLU(), nn.Linear(spec.dim, spec.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(spec.dim, 6 * spec.dim))
         self.blocks = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.head = Head(spec)
@@ -164,7 +171,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         cos: [L, D/2] fp32.
         sin: [L, D/2] fp32.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -188,7 +195,7 @@ class TimestepModulation(nn.Module):
             [timesteps, 2, dim] (shift, scale).
         """
         embedding = self.time_embedding(timestep_embedding.to(self.head_modulation.dtype))
-        projection = self.time_projection(embedding).unflatten(-1, (1, 6, -1))
+        projection = self.time_projection(embedding).reshape(embedding.shape[0], 1, 6, -1)
         return torch.cat(list(self.layer_modulation)) + projection, self.head_modulation + embedding[:, None]
 
 
@@ -238,8 +245,8 @@ class DiTStep(nn.Module):
             rope_sin: [L, D/2] fp32.
             slots: [F] int32, first cache slot of each frame.
             valid_slots: [B] int32, slots attended to.
-            *cross_and_caches: Cross-attention k, v of each layer in turn, each [B, N, text_len, D]; then k_cache, v_cache
-                of each layer in turn, each [B, N, S, D].
+            *cross_and_caches: Cross-attention k, v of each layer in turn, each [B, N, text_len, D]; then k_cache,
+                v_cache of each layer in turn, each [B, N, S, D].
 
         Returns:
             Flow [B, F, C, h, w], then the caches in their order.
@@ -275,7 +282,7 @@ class DiTContext(nn.Module):
         valid_slots: torch.Tensor,
         *cross_and_caches: torch.Tensor,
     ) -> Tensors:
-        """Run the pass; arguments as in `DiTStep`, but cross-attention of all layers but the last. Returns the caches."""
+        """Run the pass; arguments as in `DiTStep`, but no cross-attention of the last layer. Returns the caches."""
         *layers, last = self.dit.layers
         cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
         rope = (rope_cos, rope_sin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import pickle
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from causal_forcing.build_engines.checkpoint import (
     StateDict,
     StateDictMismatchError,
-    checkpoint_digest,
     load_into,
     read_state_dict,
     verify_state_dict,
@@ -293,13 +291,3 @@ def test_load_into_misfit_names_the_files_tensor_and_leaves_the_module() -> None
 
 
 # --- digest ---------------------------------------------------------------------------------------------------------
-
-
-def test_checkpoint_digest_is_sha256_of_the_content(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.pt", b"content")
-    assert checkpoint_digest(path) == hashlib.sha256(b"content").hexdigest()
-
-
-def test_checkpoint_digest_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
-        checkpoint_digest(tmp_path / "absent.pt")

@@ -161,8 +161,8 @@ def run_functions(name: str, case: Case, weights: Case, folder: Path, engine: st
 class Recorder:
     """Listens to a session's DiT engines: what goes in, what comes out, and what upstream's context pass would give.
 
-    Upstream evaluates the whole network in its context pass and throws the flow away; our context pass stops earlier. To
-    compare that flow too, the recorder runs `dit_step` on the same inputs and puts the caches back.
+    Upstream evaluates the whole network in its context pass and throws the flow away; our context pass stops earlier.
+    To compare that flow too, the recorder runs `dit_step` on the same inputs and puts the caches back.
     """
 
     def __init__(self) -> None:
@@ -181,9 +181,7 @@ class Recorder:
             name: Listener(engine, self) if name in ("dit_step", "dit_context") else engine
             for name, engine in engines.engines.items()
         }
-        return EngineSet(
-            folder=engines.folder, manifest=engines.manifest, engines=wrapped, device=engines.device
-        )
+        return EngineSet(folder=engines.folder, manifest=engines.manifest, engines=wrapped, device=engines.device)
 
     def bound(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
         """Remember the session's buffers."""
@@ -337,7 +335,10 @@ def dit_spec(weights: Case, name: str) -> DiTSpec:
     """Return the specification of golden DiT weights."""
     config = weights[name]["model_config"]
     return DiTSpec(
-        **{key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")},
+        **{
+            key: config[key]
+            for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")
+        },
         latent_channels=config["in_dim"],
         patch_size=config["patch_size"][1],
         eps=config["eps"],

@@ -1,0 +1,224 @@
+"""`cf-build`: make, plan, verify and inspect engines, and examine the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from causal_forcing.runtime import console
+from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
+from causal_forcing.runtime.config import EngineOptions, cache_folder, package_version
+from causal_forcing.runtime.resolution import default_root
+
+if TYPE_CHECKING:
+    from causal_forcing.build_engines.planner import BuildPlan
+
+# Commands import what they need when they run: `--help` and `doctor` must not wait for torch.
+
+COMMANDS = ("build", "plan", "verify", "inspect", "doctor")
+
+app = typer.Typer(
+    name="cf-build",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Build engines. `cf-build SLUG` is short for `cf-build build SLUG`; for slugs see `cf-generate --list`.",
+)
+
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Folder to keep engines in; by default below the cache folder.")
+]
+
+
+@app.command()
+@takes_engine_options
+def build(
+    options: EngineOptions,
+    output: Output = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Build even if the engine is there.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Build the engine of a slug, unless it is there already, and print its folder."""
+    from causal_forcing.build_engines.builder import build as build_engine
+    from causal_forcing.build_engines.builder import network_names
+    from causal_forcing.build_engines.planner import make_job
+    from causal_forcing.runtime.backends import choose_backend
+
+    job = make_job(options, device=device)
+    folder = job.config.folder(output or default_root())
+    reused = not force and _is_usable(folder)
+    if not reused:
+        names = network_names(job.config.variant)
+        backend, reason = choose_backend(options.backend, device)
+        console.narrate(f"building {options.slug} for {backend.name} ({reason}), {job.config.precision}")
+
+        def progress(name: str) -> None:
+            console.narrate(f"[{names.index(name) + 1}/{len(names)}] {name}")
+
+        manifest = build_engine(job, folder, progress=progress)
+        size_bytes = sum(entry.bytes for entry in manifest.files.values())
+        console.narrate(f"built in {manifest.build['seconds']} s, {_size(size_bytes)}")
+    if as_json:
+        console.print_json({"engine": folder, "reused": reused, "fingerprint": job.config.fingerprint()})
+    else:
+        print(folder)
+
+
+@app.command()
+@takes_engine_options
+def plan(
+    options: EngineOptions,
+    output: Output = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a build would do and why, and what it needs; nothing is written or downloaded."""
+    from causal_forcing.build_engines.planner import plan_build
+
+    outcome = plan_build(options, output or default_root(), device=device)
+    if as_json:
+        console.print_json(outcome.summary())
+    else:
+        _print_plan(outcome)
+
+
+@app.command()
+@takes_engine_options
+def verify(
+    options: EngineOptions,
+    output: Output = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every engine of a slug with the torch module it was made from, output by output."""
+    from causal_forcing.build_engines.planner import make_job
+    from causal_forcing.build_engines.verification import verify as compare
+    from causal_forcing.runtime.loading import load_engines
+
+    job = make_job(options, device=device)
+    engines = load_engines(job.config.folder(output or default_root()), device=device)
+    comparisons = list(compare(job, engines))
+    if as_json:
+        console.print_json([dataclasses.asdict(comparison) for comparison in comparisons])
+    else:
+        console.print_table(
+            ("network", "output", "max error", "mean error", "cosine", "result"),
+            [
+                (
+                    c.network,
+                    c.output,
+                    f"{c.max_error:.2e}",
+                    f"{c.mean_error:.2e}",
+                    f"{c.cosine:.6f}",
+                    c.verdict,
+                )
+                for c in comparisons
+            ],
+        )
+    failed = sum(not comparison.passed for comparison in comparisons)
+    console.narrate(f"{len(comparisons) - failed} of {len(comparisons)} outputs within tolerance")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Engine directory, as `cf-build SLUG` prints it.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an engine directory holds, and check its files."""
+    from causal_forcing.build_engines.inspection import inspect_engine
+
+    summary = inspect_engine(folder)
+    if as_json:
+        console.print_json(summary)
+        return
+    console.print_table(("field", "value"), summary["config"].items())
+    print()
+    console.print_table(
+        ("network", "file", "size", "inputs", "outputs", "operators"),
+        [
+            (row["network"], row["file"], _size(row["bytes"]), row["inputs"], row["outputs"], row["operators"])
+            for row in summary["networks"]
+        ],
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Examine this machine: what can build and run engines, and what to install."""
+    from causal_forcing.runtime.doctor import report_json, report_rows, run_probes, verdict
+
+    probes = run_probes(cache_folder())
+    if as_json:
+        console.print_json(report_json(probes))
+    else:
+        console.print_table(("probe", "status", "detail", "fix"), report_rows(probes))
+    if not verdict(probes):
+        raise typer.Exit(3)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `cf-build`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        words = []
+        entry = functools.partial(print, package_version())
+    else:
+        if words and words[0] not in (*COMMANDS, "--help"):
+            words.insert(0, "build")
+        entry = functools.partial(app, args=words, prog_name="cf-build", standalone_mode=False)
+    console.run_program(entry)
+
+
+def _is_usable(folder: Path) -> bool:
+    """Return whether an engine is there, readable and whole; say why not where one is there."""
+    from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError
+    from causal_forcing.runtime.manifest import check_files, read_manifest
+
+    try:
+        check_files(folder, read_manifest(folder))
+    except EngineNotFoundError:
+        return False
+    except CausalForcingError as error:
+        console.warn(f"building again: {error}")
+        return False
+    return True
+
+
+def _print_plan(outcome: BuildPlan) -> None:
+    console.print_table(
+        ("network", "weights", "action"),
+        [(name, _size(size), "reuse" if outcome.reuse else "build") for name, size in outcome.networks.items()],
+    )
+    free = shutil.disk_usage(_existing(outcome.folder)).free
+    print(f"{'reuse' if outcome.reuse else 'build'}: {outcome.reason}")
+    print(f"folder: {outcome.folder}")
+    print(f"disk: {_size(sum(outcome.networks.values()))} of weights, {_size(free)} free")
+    print(f"memory of a session's buffers: {_size(outcome.buffer_bytes)}")
+    for download in outcome.downloads:
+        state = "cached" if download.cached else "to download"
+        print(f"{state}: {download.repo}@{download.revision[:12]} {download.filename}")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes < 2**30 else f"{size_bytes / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What an engine directory holds: configuration, networks, files, operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
+
+
+def inspect_engine(folder: Path) -> dict[str, Any]:
+    """Summarise an engine directory whose files are whole.
+
+    Raises:
+        EngineNotFoundError: There is none.
+        EngineMismatchError: Another version built it.
+        EngineDamagedError: A file is missing or altered.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    config = manifest.config
+    return {
+        "folder": str(folder),
+        "fingerprint": config.fingerprint(),
+        "config": {
+            "slug": config.variant.slug,
+            "model": config.variant.model.name,
+            "backend": f"{config.backend} ({config.backend_version})",
+            "precision": config.precision,
+            "pixels": f"{config.geometry.pixel_height}×{config.geometry.pixel_width}",
+            "chunk_frames": config.geometry.chunk_frames,
+            "window_frames": config.geometry.window_frames,
+            "sink_frames": config.geometry.sink_frames,
+            "weights": config.weights,
+            "built": manifest.build.get("created"),
+            "build_seconds": manifest.build.get("seconds"),
+        },
+        "networks": [_network(folder, manifest, name) for name in manifest.artefacts],
+    }
+
+
+def _network(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    spec, file = manifest.network(name), manifest.artefacts[name]
+    size_bytes = sum(entry.bytes for path, entry in manifest.files.items() if path.startswith(file))
+    operators = _onnx_operators(folder / file) if file.endswith(".onnx") else {}
+    return {
+        "network": name,
+        "file": file,
+        "bytes": size_bytes,
+        "inputs": len(spec.inputs),
+        "outputs": len(spec.outputs),
+        "states": len(spec.states),
+        "in_place": spec.in_place,
+        "operators": ", ".join(f"{kind} {count}" for kind, count in operators.items()),
+        "io_tensors": {io.name: [io.dtype, *io.shape] for io in spec.io_tensors()},
+    }
+
+
+def _onnx_operators(path: Path) -> dict[str, int]:
+    """Count the operators of an ONNX graph, the five most frequent first."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return dict(Counter(node.op_type for node in graph.node).most_common(5))
