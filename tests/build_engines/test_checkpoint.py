@@ -22,20 +22,6 @@ from causal_forcing.build_engines.checkpoint import (
 from causal_forcing.runtime.errors import CheckpointError
 
 
-@pytest.fixture
-def golden() -> Path:
-    root = Path(__file__).parents[2]
-    shared = root.parent / "shared" / "golden"
-    return shared if shared.is_dir() else root / "tests" / "data" / "golden"
-
-
-def golden_file(golden: Path, name: str) -> Path:
-    path = golden / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
-
-
 def state_of(tensors: dict[str, torch.Tensor]) -> StateDict:
     return StateDict(tensors=tensors, source=Path("a.pt"), weight_set="plain")
 
@@ -67,8 +53,8 @@ class Bomb:
 
 
 def test_read_state_dict_golden_generator_equals_the_plain_weights(golden: Path) -> None:
-    state = read_state_dict(golden_file(golden, "dit_b.checkpoint.pt"), use_ema=False)
-    expected = load_file(golden_file(golden, "dit_b.weights.safetensors"))
+    state = read_state_dict((golden / "dit_b.checkpoint.pt"), use_ema=False)
+    expected = load_file(golden / "dit_b.weights.safetensors")
     assert state.weight_set == "generator"
     assert set(state.tensors) == {name.removeprefix("model.") for name in expected}
     for name, tensor in expected.items():
@@ -76,7 +62,7 @@ def test_read_state_dict_golden_generator_equals_the_plain_weights(golden: Path)
 
 
 def test_read_state_dict_golden_ema_is_the_other_set_under_the_same_names(golden: Path) -> None:
-    path = golden_file(golden, "dit_b.checkpoint.pt")
+    path = golden / "dit_b.checkpoint.pt"
     plain, ema = read_state_dict(path, use_ema=False), read_state_dict(path, use_ema=True)
     assert ema.weight_set == "generator_ema"
     assert set(ema.tensors) == set(plain.tensors)
@@ -88,7 +74,7 @@ def test_read_state_dict_golden_ema_is_the_other_set_under_the_same_names(golden
 
 
 def test_read_state_dict_golden_safetensors_is_read_with_the_prefix_removed(golden: Path) -> None:
-    state = read_state_dict(golden_file(golden, "dit_b.weights.safetensors"), use_ema=True)
+    state = read_state_dict((golden / "dit_b.weights.safetensors"), use_ema=True)
     assert state.weight_set == "plain"
     assert "patch_embedding.weight" in state.tensors
 

@@ -28,22 +28,8 @@ BF16_PTH = "wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth"
 TOLERANCE = 2e-5
 
 
-@pytest.fixture
-def golden() -> Path:
-    root = Path(__file__).parents[2]
-    shared = root.parent / "shared" / "golden"
-    return shared if shared.is_dir() else root / "tests" / "data" / "golden"
-
-
-def golden_file(golden: Path, name: str) -> Path:
-    path = golden / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
-
-
 def golden_encoder(golden: Path, name: str = SAFETENSORS, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    return load_text_encoder(read_state_dict(golden_file(golden, name)), GOLDEN_SPEC, dtype=dtype)
+    return load_text_encoder(read_state_dict(golden / name), GOLDEN_SPEC, dtype=dtype)
 
 
 def tiny_encoder(dtype: torch.dtype = torch.float32) -> TextEncoder:
@@ -64,7 +50,7 @@ def prompt(tokens: int, length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("weights", [SAFETENSORS, BF16_PTH])
 def test_text_encoder_golden_prompt_embeds_are_upstreams(golden: Path, weights: str, case: str) -> None:
     encoder = golden_encoder(golden, weights)
-    expected = load_file(golden_file(golden, f"{case}.safetensors"))
+    expected = load_file(golden / f"{case}.safetensors")
     with torch.no_grad():
         embeds = encoder(expected["input_ids"], expected["attention_mask"])
     torch.testing.assert_close(embeds, expected["prompt_embeds"], rtol=TOLERANCE, atol=TOLERANCE)
@@ -102,7 +88,7 @@ def test_position_buckets_equal_transformers_at_every_offset() -> None:
 
 def test_upstream_shapes_fit_the_golden_files(golden: Path) -> None:
     for name in (SAFETENSORS, BF16_PTH):
-        verify_state_dict(read_state_dict(golden_file(golden, name)), upstream_shapes(GOLDEN_SPEC), what="text")
+        verify_state_dict(read_state_dict(golden / name), upstream_shapes(GOLDEN_SPEC), what="text")
 
 
 def test_upstream_shapes_of_the_real_encoder_cost_no_memory() -> None:
@@ -119,7 +105,7 @@ def test_upstream_names_cover_the_module_once() -> None:
 
 
 def test_load_text_encoder_of_other_sizes_is_refused_with_upstreams_names(golden: Path) -> None:
-    state = read_state_dict(golden_file(golden, SAFETENSORS))
+    state = read_state_dict(golden / SAFETENSORS)
     with pytest.raises(StateDictMismatchError, match="the UMT5 text encoder") as caught:
         load_text_encoder(state, TINY.text, dtype=torch.float32)
     assert "extra: blocks.2.attn.k.weight" in caught.value.problems

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
@@ -20,8 +20,6 @@ from causal_forcing.build_engines.models.vae import (
 )
 from causal_forcing.runtime.spec import TINY, WAN21_T2V_1_3B, VAESpec
 
-Golden = Callable[[str], dict[str, torch.Tensor]]
-
 # The golden data's own tolerance: weights jittered by 1e-7 move its outputs by up to 4e-6.
 TOLERANCE = 2e-5
 SMALL = VAESpec(base_dim=8, num_res_blocks=1)
@@ -38,24 +36,9 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def golden() -> Golden:
-    root = Path(__file__).parents[2]
-    folders = (root.parent / "shared" / "golden", root / "tests" / "data" / "golden")
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        for folder in folders:
-            path = folder / f"{name}.safetensors"
-            if path.is_file():
-                return load_file(path)
-        pytest.skip(f"no golden file {name}.safetensors")
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def golden_vae(golden: Golden) -> WanVAE:
+def golden_vae(golden: Path) -> WanVAE:
     vae = WanVAE(TINY.vae).eval()
-    vae.load_state_dict(golden("vae.weights"), strict=True)
+    vae.load_state_dict(load_file(golden / "vae.weights.safetensors"), strict=True)
     return vae
 
 
@@ -89,14 +72,14 @@ def shapes_of(tensors: list[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1], [3, 2], [5]], ids=str)
-def test_decoder_in_any_chunks_equals_upstream(golden: Golden, golden_vae: WanVAE, chunks: list[int]) -> None:
-    case = golden("vae_decode")
+def test_decoder_in_any_chunks_equals_upstream(golden: Path, golden_vae: WanVAE, chunks: list[int]) -> None:
+    case = load_file(golden / "vae_decode.safetensors")
     pixels = decode(golden_vae, case["latents"], chunks)
     torch.testing.assert_close(pixels, case["decoded_raw"], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_decoder_layers_equal_upstream(golden: Golden, golden_vae: WanVAE) -> None:
-    expected = golden("vae_decode_inner")
+def test_decoder_layers_equal_upstream(golden: Path, golden_vae: WanVAE) -> None:
+    expected = load_file(golden / "vae_decode_inner.safetensors")
     seen: dict[str, torch.Tensor] = {}
     names = {name.split(".", 1)[1] for name in expected}
 
@@ -106,7 +89,7 @@ def test_decoder_layers_equal_upstream(golden: Golden, golden_vae: WanVAE) -> No
         )
 
     hooks = [record(name) for name in names]
-    VAEDecoderFirst(golden_vae)(golden("vae_decode")["latents"][:, :2])
+    VAEDecoderFirst(golden_vae)(load_file(golden / "vae_decode.safetensors")["latents"][:, :2])
     for hook in hooks:
         hook.remove()
 
@@ -116,14 +99,14 @@ def test_decoder_layers_equal_upstream(golden: Golden, golden_vae: WanVAE) -> No
         torch.testing.assert_close(seen[name], in_two_calls, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_encoder_of_image_equals_upstream(golden: Golden, golden_vae: WanVAE) -> None:
-    case = golden("vae_encode")
+def test_encoder_of_image_equals_upstream(golden: Path, golden_vae: WanVAE) -> None:
+    case = load_file(golden / "vae_encode.safetensors")
     latent, *_ = VAEEncoderFirst(golden_vae)(case["image"])
     torch.testing.assert_close(latent, case["image_latent"], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_encoder_of_video_equals_upstream(golden: Golden, golden_vae: WanVAE) -> None:
-    case = golden("vae_encode")
+def test_encoder_of_video_equals_upstream(golden: Path, golden_vae: WanVAE) -> None:
+    case = load_file(golden / "vae_encode.safetensors")
     first, *caches = VAEEncoderFirst(golden_vae)(case["video"][:, :, :1])
     second, *_ = VAEEncoder(golden_vae)(case["video"][:, :, 1:], *caches)
     latents = torch.cat((first, second), dim=1)

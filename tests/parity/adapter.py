@@ -29,7 +29,7 @@ from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.noise import GivenNoise
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import FlowMatchSchedule, add_noise_, flow_to_x0_, timestep_embedding
-from causal_forcing.runtime.session import VideoSession
+from causal_forcing.runtime.session import Chunk, VideoSession
 from causal_forcing.runtime.spec import DiTSpec, Geometry, ModelSpec, TextSpec, VAESpec, Variant
 from causal_forcing.runtime.text import Tokenizer
 
@@ -68,20 +68,24 @@ def run_case(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
 
 def run_clip(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
     """Generate the case's clip with a `VideoSession` whose DiT engines are listened to."""
+    chunks, recorder = record_clip(case, weights, folder, engine)
+    outputs = {"latents": torch.cat([chunk.latents for chunk in chunks], dim=1)}
+    outputs["pixels_fp16"] = torch.cat([chunk.pixels for chunk in chunks], dim=1)
+    return outputs | recorder.outputs(load_file(folder / case["file"]), shift=case["timestep_shift"])
+
+
+def record_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[list[Chunk], Recorder]:
+    """Generate the case's clip; returns its chunks and what the DiT engines did."""
     tensors = load_file(folder / case["file"])
     recorder = Recorder()
     with VideoSession(recorder.listen(build_case(case, weights, folder, engine))) as session:
-        chunks = list(
-            session.generate(
-                tensors["prompt_embeds"],
-                total_blocks=case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"],
-                initial_latents=tensors.get("initial_latent"),
-                noise=GivenNoise.from_file(folder / case["file"]),
-            )
+        chunks = session.generate(
+            tensors["prompt_embeds"],
+            total_blocks=case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"],
+            initial_latents=tensors.get("initial_latent"),
+            noise=GivenNoise.from_file(folder / case["file"]),
         )
-    outputs = {"latents": torch.cat([chunk.latents for chunk in chunks], dim=1)}
-    outputs["pixels_fp16"] = torch.cat([chunk.pixels for chunk in chunks], dim=1)
-    return outputs | recorder.outputs(tensors, shift=case["timestep_shift"])
+        return list(chunks), recorder
 
 
 def run_text(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:

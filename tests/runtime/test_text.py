@@ -18,22 +18,8 @@ from causal_forcing.runtime.spec import TINY
 from causal_forcing.runtime.text import Tokenizer, clean_prompt, read_prompt
 
 
-@pytest.fixture
-def golden() -> Path:
-    root = Path(__file__).parents[2]
-    shared = root.parent / "shared" / "golden"
-    return shared if shared.is_dir() else root / "tests" / "data" / "golden"
-
-
-def golden_file(golden: Path, name: str) -> Path:
-    path = golden / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
-
-
 def golden_case(golden: Path) -> dict[str, Any]:
-    manifest = json.loads(golden_file(golden, "manifest.json").read_text())
+    manifest = json.loads((golden / "manifest.json").read_text())
     if "text_prompts" not in manifest["cases"]:
         pytest.skip("the manifest has no case text_prompts")
     case: dict[str, Any] = manifest["cases"]["text_prompts"]
@@ -41,7 +27,7 @@ def golden_case(golden: Path) -> dict[str, Any]:
 
 
 def golden_tokenizer(golden: Path) -> Path:
-    return golden_file(golden, "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json").parent
+    return (golden / "wan_models/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json").parent
 
 
 @pytest.fixture
@@ -73,7 +59,7 @@ def test_clean_prompt_entities_are_resolved_exactly_twice(text: str, cleaned: st
 
 def test_tokenizer_golden_ids_are_upstreams(golden: Path) -> None:
     case = golden_case(golden)
-    expected = load_file(golden_file(golden, case["file"]))
+    expected = load_file(golden / case["file"])
     tokenizer = Tokenizer(golden_tokenizer(golden), length=case["seq_len"], pad_id=0)
     got = tokenizer.encode(case["texts"])
     assert got.token_ids.dtype == got.token_mask.dtype == np.int64

@@ -1,0 +1,96 @@
+"""Parity with upstream's own code, on every golden case that is here, through torch and through ONNX Runtime."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "golden"
+GOLDEN = SHARED if SHARED.is_dir() else ROOT / "tests" / "data" / "golden"
+MANIFEST: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())
+
+REQUIRED = {
+    "dit_call_sequence": ["call*.flow", "call*.x0", "latents"],
+    "pipeline": ["latents", "pixels_fp16"],
+    "text": ["prompt_embeds"],
+    "vae": ["decoded_raw", "image_latent", "video_latent"],
+    "scheduler": ["timesteps", "sigmas", "warped.*", "add_noise.out", "flow_to_x0.out"],
+    "functions": ["rope.*.out.*", "sinusoid.*.f64"],
+}
+# Stored in fp16, so compared at its resolution.
+FP16_TOLERANCE = 1e-3
+
+CASES = [
+    name
+    for name, case in MANIFEST["cases"].items()
+    if case["kind"] in REQUIRED and case["dtype"] != "bfloat16" and "inner" not in name and "demo" not in name
+]
+WINDOWED = [name for name in CASES if MANIFEST["cases"][name].get("local_attn_size", -1) != -1]
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", CASES)
+def test_golden_case_is_reproduced(name: str, engine: str, adapter: ModuleType) -> None:
+    case = MANIFEST["cases"][name]
+    tensors = load_file(GOLDEN / case["file"])
+    patterns = REQUIRED[case["kind"]] + (["input_ids", "attention_mask"] if "texts" in case else [])
+    wanted = {key: t for key, t in tensors.items() if any(fnmatch.fnmatchcase(key, p) for p in patterns)}
+    assert wanted
+    got = adapter.run_case(name, case, MANIFEST["weights"], GOLDEN, engine)
+    for key, want in wanted.items():
+        atol = max(case["tolerance"]["atol"], FP16_TOLERANCE if key.endswith("_fp16") else 0)
+        torch.testing.assert_close(
+            got[key].to(want.dtype),
+            want,
+            atol=atol,
+            rtol=case["tolerance"]["rtol"],
+            msg=lambda text, k=key: f"{k}: {text}",
+        )
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_golden_windowed_cache_holds_upstreams_frames(name: str, engine: str, adapter: ModuleType) -> None:
+    """The ring holds the keys and values that upstream's shifted cache holds, in an order of its own."""
+    case = MANIFEST["cases"][name]
+    tensors = load_file(GOLDEN / case["file"])
+    _, recorder = adapter.record_clip(case, MANIFEST["weights"], GOLDEN, engine)
+    tokens = case["tokens_per_latent_frame"]
+    sink, window, chunk = case["sink_size"], case["local_attn_size"], case["num_frame_per_block"]
+    compared = 0
+    for index, caches in enumerate(recorder.caches):
+        end_frame = int(tensors[f"call{index:03}.current_start"]) // tokens + chunk
+        # Upstream's order: the sink frames, then the latest ones by age.
+        held = list(range(min(sink, end_frame)))
+        held += range(max(len(held), end_frame - (window - len(held))), end_frame)
+        ring = [frame if frame < sink else sink + (frame - sink) % (window - sink) for frame in held]
+        for layer in range(MANIFEST["weights"][case["weights"]]["model_config"]["num_layers"]):
+            for kind in ("k", "v"):
+                want = tensors.get(f"call{index:03}.cache.layer{layer}.{kind}.valid")
+                if want is None:
+                    continue
+                ours = caches[f"{kind}_cache_{layer:02}"].transpose(1, 2)
+                frames = [ours[:, slot * tokens : (slot + 1) * tokens] for slot in ring]
+                torch.testing.assert_close(torch.cat(frames, dim=1), want, **case["tolerance"])
+                compared += 1
+    assert compared > 0
+
+
+def test_golden_tolerance_catches_a_wrong_epsilon(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parity tests can fail: the least of upstream's details, an epsilon, is seen."""
+    name = WINDOWED[0]
+    weights = json.loads(json.dumps(MANIFEST["weights"]))
+    weights[MANIFEST["cases"][name]["weights"]]["model_config"]["eps"] = 1e-5
+    case = MANIFEST["cases"][name]
+    want = load_file(GOLDEN / case["file"])["latents"]
+    got = adapter.run_case(name, case, weights, GOLDEN, "torch")["latents"]
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(got, want, **case["tolerance"])
