@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,10 @@ import typer
 from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.config import EngineOptions, cache_folder, package_version
-from causal_forcing.runtime.resolution import default_root
+from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, UnknownNameError
+from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
+from causal_forcing.runtime.resolution import default_root, resolve_engine, weights_identity
+from causal_forcing.runtime.spec import VARIANTS
 
 if TYPE_CHECKING:
     from causal_forcing.build_engines.planner import BuildPlan
@@ -47,6 +51,7 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Build the engine of a slug, unless it is there already, and print its folder."""
+    resolve_engine(options, weights="", device=device)  # a wrong option is found before torch is loaded
     from causal_forcing.build_engines.builder import build as build_engine
     from causal_forcing.build_engines.builder import network_names
     from causal_forcing.build_engines.planner import make_job
@@ -69,7 +74,7 @@ def build(
     if as_json:
         console.print_json({"engine": folder, "reused": reused, "fingerprint": job.config.fingerprint()})
     else:
-        print(folder)
+        console.print_line(folder)
 
 
 @app.command()
@@ -82,6 +87,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a build would do and why, and what it needs; nothing is written or downloaded."""
+    resolve_engine(options, weights="", device=device)
     from causal_forcing.build_engines.planner import plan_build
 
     outcome = plan_build(options, output or default_root(), device=device)
@@ -101,13 +107,13 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Compare every engine of a slug with the torch module it was made from, output by output."""
+    resolve_engine(options, weights="", device=device)
     from causal_forcing.build_engines.planner import make_job
     from causal_forcing.build_engines.verification import verify as compare
-    from causal_forcing.runtime.loading import load_engines
 
+    _require_engine(options, output or default_root(), device)
     job = make_job(options, device=device)
-    engines = load_engines(job.config.folder(output or default_root()), device=device)
-    comparisons = list(compare(job, engines))
+    comparisons = list(compare(job, job.config.folder(output or default_root()), device=device))
     if as_json:
         console.print_json([dataclasses.asdict(comparison) for comparison in comparisons])
     else:
@@ -145,7 +151,7 @@ def inspect(
         console.print_json(summary)
         return
     console.print_table(("field", "value"), summary["config"].items())
-    print()
+    console.print_line("")
     console.print_table(
         ("network", "file", "size", "inputs", "outputs", "operators"),
         [
@@ -172,21 +178,38 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `cf-build`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    entry: Callable[[], object]
     if words == ["--version"]:
         words = []
-        entry = functools.partial(print, package_version())
+        entry = functools.partial(console.print_line, package_version())
     else:
-        if words and words[0] not in (*COMMANDS, "--help"):
-            words.insert(0, "build")
-        entry = functools.partial(app, args=words, prog_name="cf-build", standalone_mode=False)
+        entry = functools.partial(_run_command, words)
     console.run_program(entry)
+
+
+def _run_command(words: list[str]) -> object:
+    """Run a command; a slug in its place means `build`."""
+    if words and words[0] not in (*COMMANDS, "--help"):
+        if words[0] not in VARIANTS and not words[0].startswith("-"):
+            raise UnknownNameError("command or slug", words[0], (*COMMANDS, *VARIANTS))
+        words = ["build", *words]
+    return app(args=words, prog_name="cf-build", standalone_mode=False)
+
+
+def _require_engine(options: EngineOptions, root: Path, device: str) -> None:
+    """Find out whether an engine is there before its weights are looked for, which may mean a long download."""
+    weights = weights_identity(options)
+    if weights is None:
+        return
+    config = resolve_engine(options, weights=weights, device=device)
+    folder = config.folder(root)
+    if not (folder / MANIFEST_NAME).exists():
+        where = f" --output {shlex.quote(str(root))}" if root != default_root() else ""
+        raise EngineNotFoundError(f"no engine in {folder}: build it: {config.build_command()}{where}")
 
 
 def _is_usable(folder: Path) -> bool:
     """Return whether an engine is there, readable and whole; say why not where one is there."""
-    from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError
-    from causal_forcing.runtime.manifest import check_files, read_manifest
-
     try:
         check_files(folder, read_manifest(folder))
     except EngineNotFoundError:
@@ -203,13 +226,13 @@ def _print_plan(outcome: BuildPlan) -> None:
         [(name, _size(size), "reuse" if outcome.reuse else "build") for name, size in outcome.networks.items()],
     )
     free = shutil.disk_usage(_existing(outcome.folder)).free
-    print(f"{'reuse' if outcome.reuse else 'build'}: {outcome.reason}")
-    print(f"folder: {outcome.folder}")
-    print(f"disk: {_size(sum(outcome.networks.values()))} of weights, {_size(free)} free")
-    print(f"memory of a session's buffers: {_size(outcome.buffer_bytes)}")
+    console.print_line(f"{'reuse' if outcome.reuse else 'build'}: {outcome.reason}")
+    console.print_line(f"folder: {outcome.folder}")
+    console.print_line(f"disk: {_size(sum(outcome.networks.values()))} of weights, {_size(free)} free")
+    console.print_line(f"memory of a session's buffers: {_size(outcome.buffer_bytes)}")
     for download in outcome.downloads:
         state = "cached" if download.cached else "to download"
-        print(f"{state}: {download.repo}@{download.revision[:12]} {download.filename}")
+        console.print_line(f"{state}: {download.repo}@{download.revision[:12]} {download.filename}")
 
 
 def _existing(folder: Path) -> Path:

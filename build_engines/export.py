@@ -61,7 +61,9 @@ def save_onnx(program: torch.export.ExportedProgram, network: Network, path: Pat
     model = exported.model
     model.ir_version = IR_VERSION
     if any(node.domain == DOMAIN and node.op_type == ONNX_NAME for node in model.graph):
-        model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir.serde.deserialize_function(function_body(writes=cache_writes))
+        model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir.serde.deserialize_function(
+            function_body(writes=cache_writes)
+        )
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with _quiet():
         exported.save(path, external_data=weight_bytes > EXTERNAL_DATA_BYTES)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.runtime.engine import Engine, IOTensors
-from causal_forcing.runtime.loading import EngineSet
+from causal_forcing.runtime.loading import engine_device, load_engine
+from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.spec import Geometry, ModelSpec, NetworkSpec
 
@@ -42,19 +44,28 @@ class OutputComparison:
         return "ok" if self.passed else "FAILED"
 
 
-def verify(job: BuildJob, engines: EngineSet, *, seed: int = 0) -> Iterator[OutputComparison]:
+def verify(job: BuildJob, folder: Path, *, device: str = "auto", seed: int = 0) -> Iterator[OutputComparison]:
     """Run every network on the same inputs through its module and its engine, and compare.
+
+    One engine is loaded at a time: a full-size model is in memory twice here, as module and as engine.
 
     Args:
         job: What the engines were built from; its modules are the reference, on the CPU.
-        engines: Loaded engines.
+        folder: The engine directory.
+        device: Where the engines run.
         seed: Seed of the inputs.
+
+    Raises:
+        CausalForcingError: The engines cannot be loaded.
     """
+    manifest = read_manifest(folder)
+    chosen = engine_device(manifest, device)
+    check_files(folder, manifest)
     tolerance = TOLERANCES[job.config.precision]
     for network in cut_networks(job):
         name = network.spec.name
         inputs = make_inputs(network.spec, job.config.geometry, job.config.variant.model, seed)
-        got = _run_engine(engines.engines[name], inputs, engines.device)
+        got = _run_engine(load_engine(folder, manifest, name, chosen), inputs, chosen)
         with torch.inference_mode():
             want = network.module(*(inputs[io.name].clone() for io in network.spec.inputs))
         for io_tensor, reference in zip(network.spec.outputs, (want,) if torch.is_tensor(want) else want, strict=True):

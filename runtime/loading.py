@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from causal_forcing.runtime.backends import choose_backend, choose_device
+from causal_forcing.runtime.backends import BACKENDS, choose_backend, choose_device
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
-from causal_forcing.runtime.spec import NetworkSpec
 
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of the tokenizer inside an engine directory."""
@@ -51,24 +50,38 @@ def load_engines(folder: Path | str, *, device: str = "auto") -> EngineSet:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    backend = manifest.config.backend
-    # The engine decides the backend; a CPU backend on a GPU machine is no reason to refuse.
-    chosen = choose_device(device)
-    if backend == "onnxruntime" and device == "auto":
-        chosen = "cpu"
-    choose_backend(backend, chosen)
+    chosen = engine_device(manifest, device)
     check_files(folder, manifest)
-    load = _loader(backend, torch.device(chosen))
-    engines = {network.name: load(network, folder / manifest.artefacts[network.name]) for network in manifest.networks}
-    return EngineSet(folder=folder, manifest=manifest, engines=engines, device=torch.device(chosen))
+    engines = {network.name: load_engine(folder, manifest, network.name, chosen) for network in manifest.networks}
+    return EngineSet(folder=folder, manifest=manifest, engines=engines, device=chosen)
 
 
-def _loader(backend: str, device: torch.device) -> Callable[[NetworkSpec, Path], Engine]:
-    """Return the backend's way of loading one network; its library is imported only here."""
-    if backend == "onnxruntime":
+def load_engine(folder: Path, manifest: Manifest, name: str, device: torch.device) -> Engine:
+    """Load one engine of a directory; the backend's library is imported only here.
+
+    Raises:
+        EngineDamagedError: The backend cannot load its file.
+    """
+    spec, path = manifest.network(name), folder / manifest.artefacts[name]
+    if manifest.config.backend == "onnxruntime":
         from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine
+        return OnnxRuntimeEngine(spec, path)
     from causal_forcing.runtime.engines.torch_engine import TorchEngine
 
-    return lambda spec, path: TorchEngine(spec, path, device)
+    return TorchEngine(spec, path, device)
+
+
+def engine_device(manifest: Manifest, device: str) -> torch.device:
+    """Return the device that an engine directory runs on.
+
+    Raises:
+        BackendUnavailableError: Its backend is not installed, or the device is not there.
+        UsageError: Its backend does not run on that device.
+    """
+    backend = manifest.config.backend
+    if device == "auto" and not BACKENDS[backend].runs_on_gpu:
+        device = "cpu"  # a CPU backend on a GPU machine is no reason to refuse
+    device = choose_device(device)
+    choose_backend(backend, device)
+    return torch.device(device)

@@ -55,7 +55,8 @@ class TorchEngine:
 
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
-        with torch.inference_mode():
+        # fp32 means fp32: cuDNN would round convolutions to TF32.
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             outputs = self._module(*self._inputs)
             if isinstance(outputs, torch.Tensor):
                 outputs = (outputs,)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def run_clip(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
 def record_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[list[Chunk], Recorder]:
     """Generate the case's clip; returns its chunks and what the DiT engines did."""
     tensors = load_file(folder / case["file"])
+    engines = build_clip(case, weights, folder, engine, noise=tensors["noise"])
     recorder = Recorder()
-    with VideoSession(recorder.listen(build_case(case, weights, folder, engine))) as session:
+    with VideoSession(recorder.listen(engines)) as session:
         chunks = session.generate(
             tensors["prompt_embeds"],
             total_blocks=case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"],
@@ -95,7 +97,8 @@ def run_text(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
     if "texts" in case:
         tokenized = Tokenizer(folder / _TOKENIZER, length=ids.shape[1], pad_id=0).encode(case["texts"])
         ids, mask = torch.from_numpy(tokenized.token_ids), torch.from_numpy(tokenized.token_mask)
-    engines = build_part("text_encoder", weights, folder, engine, batch=ids.shape[0], text_len=ids.shape[1])
+    roles = Roles(text=case["weights"])
+    engines = build_part(roles, weights, folder, engine, batch=ids.shape[0], text_len=ids.shape[1])
     io_tensors = bind(engines)
     io_tensors["token_ids"].copy_(ids)
     io_tensors["token_mask"].copy_(mask)
@@ -107,9 +110,10 @@ def run_vae(name: str, case: Case, weights: Case, folder: Path, engine: str) -> 
     """Decode the case's latents and encode its image and video, whichever it has."""
     tensors = load_file(folder / case["file"])
     outputs: Outputs = {}
+    roles = Roles(vae=case["weights"])
     if "latents" in tensors:
         batch, frames, _, height, width = tensors["latents"].shape
-        engines = build_part("vae", weights, folder, engine, batch=batch, latent_hw=(height, width))
+        engines = build_part(roles, weights, folder, engine, batch=batch, latent_hw=(height, width))
         io_tensors = bind(engines)
         decoder = WanDecoder(engines.engines["vae_decoder_first"], engines.engines["vae_decoder"], io_tensors)
         pixels = []
@@ -120,7 +124,7 @@ def run_vae(name: str, case: Case, weights: Case, folder: Path, engine: str) -> 
     for source, target in (("image", "image_latent"), ("video", "video_latent")):
         if source in tensors:
             batch, *_, height, width = tensors[source].shape
-            engines = build_part("vae", weights, folder, engine, batch=batch, latent_hw=(height // 8, width // 8))
+            engines = build_part(roles, weights, folder, engine, batch=batch, latent_hw=(height // 8, width // 8))
             encoder_engines = (engines.engines["vae_encoder_first"], engines.engines["vae_encoder"])
             outputs[target] = WanEncoder(*encoder_engines, bind(engines)).encode(tensors[source])
     if not outputs:
@@ -254,16 +258,29 @@ def bind(engines: EngineSet) -> IOTensors:
     return io_tensors
 
 
-def build_case(case: Case, weights: Case, folder: Path, engine: str) -> EngineSet:
-    """Build and load the engines of a clip."""
-    dit = weights[case["weights"]]
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Which golden weights play which part; None where a part is not built."""
+
+    dit: str | None = None
+    vae: str | None = None
+    text: str | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the models to build."""
+        named = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}
+        return tuple(part for part, name in named.items() if name is not None)
+
+
+def build_clip(case: Case, weights: Case, folder: Path, engine: str, *, noise: torch.Tensor) -> EngineSet:
+    """Build and load the engines of a clip whose noise is [B, F, C, h, w]."""
+    roles = Roles(dit=case["weights"], vae=case.get("vae", "vae") if case["kind"] == "pipeline" else None)
     first_chunk = case.get("denoising_step_list_first_chunk")
     variant = Variant(
         slug="golden",
         summary="",
-        model=ModelSpec(
-            name="golden", dit=dit_spec(weights, case["weights"]), vae=vae_spec(weights), text=text_spec(weights)
-        ),
+        model=model_spec(roles, weights),
         chunk_frames=case["num_frame_per_block"],
         denoising_steps=tuple(case["denoising_step_list"]),
         first_chunk_denoising_steps=None if first_chunk is None else tuple(first_chunk),
@@ -272,21 +289,22 @@ def build_case(case: Case, weights: Case, folder: Path, engine: str) -> EngineSe
         context_timestep=float(case["context_noise"]),
     )
     windowed = case["local_attn_size"] != -1
-    height, width = case.get("latent_hw") or dit["latent_hw"]
+    window_frames = case["local_attn_size"] if windowed else case["kv_cache_frames"]
     geometry = Geometry(
         chunk_frames=variant.chunk_frames,
-        pixel_height=8 * height,
-        pixel_width=8 * width,
-        window_frames=case["local_attn_size"] if windowed else case["kv_cache_frames"],
-        sink_frames=case["sink_size"] if windowed else 0,
-        batch=case["batch"],
+        pixel_height=8 * noise.shape[3],
+        pixel_width=8 * noise.shape[4],
+        window_frames=window_frames,
+        # Where sink and chunk do not fit, upstream's chunk overwrites the end of the sink: a smaller sink, in effect.
+        sink_frames=min(case["sink_size"], window_frames - variant.chunk_frames) if windowed else 0,
+        batch=noise.shape[0],
+        patch_size=variant.model.dit.patch_size,
     )
-    parts = ("dit", "vae") if case["kind"] == "pipeline" else ("dit",)
-    return build_engines(variant, geometry, parts, case["weights"], weights, folder, engine)
+    return build_engines(variant, geometry, roles, weights, folder, engine)
 
 
 def build_part(
-    part: str,
+    roles: Roles,
     weights: Case,
     folder: Path,
     engine: str,
@@ -295,20 +313,17 @@ def build_part(
     latent_hw: tuple[int, int] = (8, 8),
     text_len: int = 512,
 ) -> EngineSet:
-    """Build and load the engines of the VAE or the text encoder alone, at one latent frame a chunk."""
-    text = text_spec(weights)
-    # No DiT is built, only its input's shape counts.
-    dit = DiTSpec(dim=8, ffn_dim=8, num_heads=1, num_layers=1, freq_dim=8, text_dim=text.dim, text_len=text_len)
-    model = ModelSpec(name="golden", dit=dit, vae=vae_spec(weights), text=text)
+    """Build and load the engines of a VAE or a text encoder alone, at one latent frame a chunk."""
+    model = model_spec(roles, weights, text_len=text_len)
     variant = Variant(slug="golden", summary="", model=model, chunk_frames=1, takes_image=True)
     geometry = Geometry(
         chunk_frames=1, pixel_height=8 * latent_hw[0], pixel_width=8 * latent_hw[1], window_frames=1, batch=batch
     )
-    return build_engines(variant, geometry, (part,), "", weights, folder, engine)
+    return build_engines(variant, geometry, roles, weights, folder, engine)
 
 
 def build_engines(
-    variant: Variant, geometry: Geometry, parts: tuple[str, ...], dit: str, weights: Case, folder: Path, engine: str
+    variant: Variant, geometry: Geometry, roles: Roles, weights: Case, folder: Path, engine: str
 ) -> EngineSet:
     """Build engines from golden weights through the ordinary loader, once per fingerprint, and load them."""
     config = EngineConfig(
@@ -318,42 +333,50 @@ def build_engines(
         backend_version="golden",
         precision="fp32",
         decoder="wan",
-        weights=f"{folder}:{dit}:{json.dumps(parts)}",
+        weights=f"{folder}:{roles}",
         package_version=package_version(),
         op_digest=op_digest(),
     )
-    files = WeightFiles(
-        dit=folder / weights[dit]["file"] if dit else folder,
-        vae=folder / weights["vae"]["file"] if "vae" in weights else folder,
-        text_encoder=folder / weights["text"]["file"] if "text" in weights else folder,
-        tokenizer=folder / _TOKENIZER,
-    )
+
+    def file(name: str | None) -> Path:
+        return folder if name is None else folder / weights[name]["file"]
+
+    tokenizer = folder / _TOKENIZER
+    files = WeightFiles(dit=file(roles.dit), vae=file(roles.vae), text_encoder=file(roles.text), tokenizer=tokenizer)
     target = config.folder(build_root())
     if not target.exists():
         source = ReleasedModels(variant=variant, files=files, dtype=torch.float32)
-        build(BuildJob(config=config, source=source, tokenizer=files.tokenizer, parts=parts), target)
+        build(BuildJob(config=config, source=source, tokenizer=tokenizer, parts=roles.parts), target)
     return load_engines(target, device="cpu")
 
 
-def dit_spec(weights: Case, name: str) -> DiTSpec:
-    """Return the specification of golden DiT weights."""
-    config = weights[name]["model_config"]
+def model_spec(roles: Roles, weights: Case, *, text_len: int = 512) -> ModelSpec:
+    """Return the specification of golden weights; a part that is not built has any sizes that fit the others."""
+    dit = DiTSpec(dim=8, ffn_dim=8, num_heads=1, num_layers=1, freq_dim=8, text_dim=8, text_len=text_len)
+    vae = VAESpec(base_dim=8)
+    text = TextSpec(vocab_size=8, dim=8, attention_dim=8, ffn_dim=8, num_heads=1, num_layers=1)
+    if roles.text is not None:
+        text = text_spec(weights[roles.text]["model_config"])
+        dit = dataclasses.replace(dit, text_dim=text.dim)
+    if roles.vae is not None:
+        vae = vae_spec(weights[roles.vae])
+    if roles.dit is not None:
+        dit = dit_spec(weights[roles.dit]["model_config"])
+    return ModelSpec(name="golden", dit=dit, vae=vae, text=text)
+
+
+def dit_spec(config: Case) -> DiTSpec:
+    """Return the specification of a golden DiT."""
+    same = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "eps")
     return DiTSpec(
-        **{
-            key: config[key]
-            for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len")
-        },
+        **{key: config[key] for key in same},
         latent_channels=config["in_dim"],
         patch_size=config["patch_size"][1],
-        eps=config["eps"],
     )
 
 
-def vae_spec(weights: Case) -> VAESpec:
-    """Return the specification of the golden VAE, or some VAE's where there is none."""
-    if "vae" not in weights:
-        return VAESpec(base_dim=8)
-    entry = weights["vae"]
+def vae_spec(entry: Case) -> VAESpec:
+    """Return the specification of a golden VAE."""
     config = entry["model_config"]
     return VAESpec(
         base_dim=config["dim"],
@@ -366,11 +389,8 @@ def vae_spec(weights: Case) -> VAESpec:
     )
 
 
-def text_spec(weights: Case) -> TextSpec:
-    """Return the specification of the golden text encoder, or some encoder's where there is none."""
-    if "text" not in weights:
-        return TextSpec(vocab_size=8, dim=8, attention_dim=8, ffn_dim=8, num_heads=1, num_layers=1)
-    config = weights["text"]["model_config"]
+def text_spec(config: Case) -> TextSpec:
+    """Return the specification of a golden text encoder."""
     return TextSpec(
         vocab_size=config["vocab_size"],
         dim=config["dim"],
