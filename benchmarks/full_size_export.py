@@ -1,10 +1,10 @@
 """Export the full-size DiT and VAE with random weights, and check one pass of each through ONNX Runtime.
 
-Shows on a machine without a GPU and with little memory that the real model exports, and that its graphs compute what the
-torch modules compute. Each phase runs in a process of its own, so that its peak memory is its own.
+Shows on a machine without a GPU and with little memory that the real model exports, and that its graphs compute what
+the torch modules compute. Each phase runs in a process of its own, so that its peak memory is its own.
 
     python benchmarks/full_size_export.py --pixel-height 64 --pixel-width 96
-    python benchmarks/full_size_export.py --pixel-height 480 --pixel-width 832 --precision bf16 --backend torch --no-verify
+    python benchmarks/full_size_export.py --pixel-height 480 --pixel-width 832 --no-verify
 """
 
 from __future__ import annotations

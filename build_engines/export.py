@@ -27,7 +27,10 @@ EXTERNAL_DATA_BYTES = 1 << 30
 def export_program(network: Network) -> torch.export.ExportedProgram:
     """Trace a network with static shapes; caches in and out, nothing mutated."""
     with torch.no_grad(), _quiet():
-        return torch.export.export(network.module.eval(), example_inputs(network.spec), strict=False)
+        program = torch.export.export(network.module.eval(), example_inputs(network.spec), strict=False)
+    # They would be saved with the program: gigabytes of caches.
+    program.example_inputs = None
+    return program
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
