@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--total-blocks", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=2, help="timed clips after the warm-up")
     parser.add_argument("--output", type=Path, help="folder for the JSON record")
+    parser.add_argument("--commit", default=_head(), help="commit to record; by default the checkout's")
     arguments = parser.parse_args()
     options = EngineOptions(
         slug=arguments.slug,
@@ -62,7 +63,7 @@ def main() -> None:
         clips = time_clips(engines, arguments.total_blocks, 1 + arguments.repeats)
     record = {
         "benchmark": "session_clip",
-        "conditions": conditions(engines),
+        "conditions": {"commit": arguments.commit, **conditions(engines)},
         "build_s": round(built_s - started_s, 1),
         "engine_gib": round(sum(entry.bytes for entry in manifest.files.values()) / 2**30, 2),
         "load_s": round(loaded_s - built_s, 1),
@@ -103,10 +104,8 @@ def time_clips(engines: EngineSet, total_blocks: int, clips: int) -> list[dict[s
 def conditions(engines: EngineSet) -> dict[str, Any]:
     """Describe what the numbers were taken with."""
     config = engines.manifest.config
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     on_gpu = engines.device.type == "cuda"
     return {
-        "commit": commit or None,
         "slug": config.variant.slug,
         "weights": config.weights,
         "text_encoder": "left out; the prompt is a random embedding",
@@ -118,6 +117,11 @@ def conditions(engines: EngineSet) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _head() -> str | None:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
 
 
 def peak_gib(device: torch.device) -> float:

@@ -143,6 +143,12 @@ def cut_networks(job: BuildJob) -> Iterator[Network]:
 def _save(network: Network, config: EngineConfig, folder: Path) -> str:
     """Export one network into the folder; returns its file's name."""
     name = network.spec.name + _ARTEFACT_SUFFIX[config.backend]
+    needed, free = sum(weight.nbytes for weight in network.module.parameters()), shutil.disk_usage(folder).free
+    if needed > free:  # found out while writing, it would end torch's writer with an abort
+        raise OutputError(
+            f"cannot write {folder / name}: it takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            "free some, or choose another folder with cf-build --output or CAUSAL_FORCING_HOME"
+        )
     program = export_program(network)
     if config.backend == "torch":
         save_program(program, folder / name)
@@ -200,5 +206,6 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 def _cannot_write(folder: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose --output FOLDER"
+        f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose another folder with "
+        "cf-build --output or CAUSAL_FORCING_HOME"
     )

@@ -6,6 +6,7 @@ smuggles Python code is refused instead of run.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import warnings
@@ -88,7 +89,11 @@ def read_state_dict(path: Path, *, use_ema: bool | None = None) -> StateDict:
 
 
 def verify_state_dict(
-    state: StateDict, module_or_expected: torch.nn.Module | Mapping[str, tuple[int, ...]], *, what: str
+    state: StateDict,
+    module_or_expected: torch.nn.Module | Mapping[str, tuple[int, ...]],
+    *,
+    what: str,
+    is_content_read: bool = True,
 ) -> None:
     """Check that a state dict has exactly the tensors of a network, and only finite numbers.
 
@@ -96,6 +101,7 @@ def verify_state_dict(
         state: What was read.
         module_or_expected: The network (on any device, `meta` included), or its tensor names and shapes.
         what: The network in words, for the message, such as `the DiT of tiny`.
+        is_content_read: Whether to look at the numbers, for which all of the file is read.
 
     Raises:
         StateDictMismatchError: Anything differs; `problems` has a line for each tensor.
@@ -114,7 +120,7 @@ def verify_state_dict(
             continue
         if tuple(tensor.shape) != tuple(expected[name]):
             misshapen.append(f"{name} (got {list(tensor.shape)}, expected {list(expected[name])})")
-        elif not _is_finite(tensor):
+        elif is_content_read and not _is_finite(tensor):
             non_finite.append(name)
     kinds = {"missing": missing, "extra": extra, "misshapen": misshapen, "non-finite": non_finite}
     problems = tuple(f"{kind}: {name}" for kind, names in kinds.items() for name in names)
@@ -186,6 +192,8 @@ def _read_torch(path: Path) -> object:
             # Files in torch's format of before 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=magic == _ZIP_MAGIC)
     except OSError as error:
+        if magic == _ZIP_MAGIC and error.errno == errno.EINVAL:  # torch sought beyond the end
+            raise _damaged(path) from error
         raise _unreadable(path, error) from error
     except Exception as error:  # a file that is no pickle derails the unpickler into any exception
         if isinstance(error, pickle.UnpicklingError) and (magic == _ZIP_MAGIC or magic[:1] == _PICKLE_MAGIC):
@@ -196,7 +204,7 @@ def _read_torch(path: Path) -> object:
                 "have it saved as .safetensors"
             ) from error
         if magic == _ZIP_MAGIC:
-            raise CheckpointError(f"{path} is damaged or truncated; download it again") from error
+            raise _damaged(path) from error
         raise CheckpointError(
             f"{path} is not a checkpoint: got neither torch's zip archive nor a pickle; download it again, or pass "
             "another file with --checkpoint"
@@ -271,6 +279,10 @@ def _first(names: Iterable[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or truncated; download it again")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

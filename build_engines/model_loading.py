@@ -8,13 +8,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.checkpoint import load_into, read_state_dict
+from causal_forcing.build_engines.checkpoint import load_into, read_state_dict, verify_state_dict
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.models.text_encoder import TextEncoder, load_text_encoder
+from causal_forcing.build_engines.models.text_encoder import TextEncoder, load_text_encoder, upstream_shapes
 from causal_forcing.build_engines.models.vae import WanVAE
 from causal_forcing.build_engines.random_weights import randomise
 from causal_forcing.build_engines.weights import WeightFiles
+from causal_forcing.runtime.errors import CheckpointError
 from causal_forcing.runtime.spec import ModelSpec, Variant
+from causal_forcing.runtime.text import Tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,6 +100,25 @@ class ReleasedModels:
     """Where the weights are."""
     dtype: torch.dtype
     """Dtype of all weights."""
+
+    def check(self) -> None:
+        """Find out what can be known of all files before the first is loaded: tensor names, shapes, the tokenizer.
+
+        Raises:
+            CheckpointError: A file is unreadable, unsafe, or another model's.
+        """
+        hollow, text = self._hollow(), self.variant.model.text
+        dit = read_state_dict(self.files.dit, use_ema=self.variant.use_ema)
+        verify_state_dict(dit, hollow.dit(), what=f"the DiT of {self.variant.slug}", is_content_read=False)
+        verify_state_dict(read_state_dict(self.files.vae), hollow.vae(), what="the Wan VAE", is_content_read=False)
+        state = read_state_dict(self.files.text_encoder)
+        verify_state_dict(state, upstream_shapes(text), what="the UMT5 text encoder", is_content_read=False)
+        tokenizer = Tokenizer(self.files.tokenizer, length=self.variant.model.dit.text_len, pad_id=text.pad_id)
+        if tokenizer.vocab_size > text.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {self.files.tokenizer} has {tokenizer.vocab_size} tokens, the text encoder "
+                f"{text.vocab_size}: pass the folder they came in with --wan-folder"
+            )
 
     def dit(self) -> CausalDiT:
         """See `ModelSource.dit`."""

@@ -15,8 +15,8 @@ from causal_forcing.build_engines.model_loading import HollowModels, RandomModel
 from causal_forcing.build_engines.weights import PlannedDownload, WeightFiles, planned_downloads, resolve_weights
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.engine import IOTensors
-from causal_forcing.runtime.errors import CausalForcingError
-from causal_forcing.runtime.manifest import MANIFEST_NAME, file_sha256, read_manifest
+from causal_forcing.runtime.errors import CausalForcingError, CheckpointError
+from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, file_sha256, read_manifest
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity
 
 
@@ -88,6 +88,7 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
 
     Raises:
         WeightsMissingError: Released weights cannot be had.
+        CheckpointError: A weight file is unreadable, unsafe, or another model's.
     """
     weights = weights_identity(options)
     if weights is not None and weights.startswith("random:"):
@@ -100,6 +101,7 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
     files = find_weights(options)
     config = resolve_engine(options, weights=weights or local_identity(files), device=device)
     released = ReleasedModels(variant=config.variant, files=files, dtype=_dtype(config))
+    released.check()
     provenance = {"weight_files": {role: str(path) for role, path in files.paths().items()}}
     return BuildJob(config=config, source=released, tokenizer=files.tokenizer, provenance=provenance)
 
@@ -111,7 +113,10 @@ def find_weights(options: EngineOptions) -> WeightFiles:
 
 def local_identity(files: WeightFiles) -> str:
     """Return the identity of weight files: a hash over the content of them all."""
-    digests = {role: file_sha256(path) for role, path in files.paths().items()}
+    try:
+        digests = {role: file_sha256(path) for role, path in files.paths().items()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
     return "sha256:" + hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
@@ -125,7 +130,7 @@ def _reuse(folder: Path, config: EngineConfig) -> tuple[bool, str]:
     """Return whether the engine is there, and the reason in words."""
     if (folder / MANIFEST_NAME).exists():
         try:
-            read_manifest(folder)
+            check_files(folder, read_manifest(folder))
         except CausalForcingError as error:
             return False, f"the engine there cannot be used: {error}"
         return True, "an engine with this fingerprint is there"
@@ -133,9 +138,9 @@ def _reuse(folder: Path, config: EngineConfig) -> tuple[bool, str]:
     for manifest in sorted(folder.parent.glob(f"*/{MANIFEST_NAME}")):
         try:
             fields = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, KeyError):
-            continue
-        differences = list(_differences(fields, config.fields()))
+            differences = list(_differences(fields, config.fields()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # a damaged neighbour is not this plan's concern
         if nearest is None or len(differences) < len(nearest):
             nearest = differences
     if nearest is None:

@@ -182,7 +182,7 @@ def _explain(
     folders |= {part.repo: part.root for part in missing if part.root is not None}
     commands = [
         f"hf download {repo} {shlex.join(files)} --revision {revision} --local-dir {shlex.quote(str(folders[repo]))}"
-        for (repo, revision), files in _by_repo(missing)
+        for (repo, revision), files in _by_repo(part for part in missing if part.filename)
     ]
     repos = {part.repo for part in missing}
     dit = folders[CHECKPOINT_REPOSITORY] if CHECKPOINT_REPOSITORY in repos or checkpoint is None else checkpoint
@@ -192,6 +192,8 @@ def _explain(
         options.append(f"--checkpoint {shlex.quote(str(dit))}")
     if WAN_REPOSITORY in repos or wan_folder is not None:
         options.append(f"--wan-folder {shlex.quote(str(wan))}")
+    if not commands:
+        return f"weights of {variant.slug} not found: {'; '.join(facts)}; pass an existing file with --checkpoint"
     return (
         f"weights of {variant.slug} not found: {'; '.join(facts)}; where there is network run "
         f"`{' && '.join(commands)}`, then pass {' '.join(options)}"

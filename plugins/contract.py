@@ -13,7 +13,8 @@ Inputs:
 
 Effect: k and v are written into their slots; every query attends to every valid slot without a mask inside the chunk.
 Keys carry their absolute RoPE phase and attention does not depend on the order of keys, so the cache can be a ring
-behind the sink frames in which nothing is ever shifted. What lies beyond `valid_slots` changes nothing.
+behind the sink frames in which nothing is ever shifted. What lies beyond `valid_slots` changes nothing as long as it is
+finite (a masked value counts as 0 · v), so caches start as zeros.
 
 Outputs: out [B, N, L, D], and the two caches, which alias their inputs wherever the body can write in place.
 

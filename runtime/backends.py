@@ -59,6 +59,13 @@ def choose_backend(name: str, device: str) -> tuple[Backend, str]:
         BackendUnavailableError: None is usable, or the named one is not.
         UnknownNameError: There is no backend of that name.
     """
+    # Names first: looking for a GPU means importing torch.
+    if name in PLANNED_BACKENDS:
+        raise BackendUnavailableError(
+            f"backend {name!r} is not part of this release: use --backend {' or '.join(BACKENDS)}"
+        )
+    if name not in ("auto", *BACKENDS):
+        raise UnknownNameError("backend", name, ("auto", *BACKENDS))
     device = choose_device(device)
     if name == "auto":
         wants_gpu = device.startswith("cuda")
@@ -68,12 +75,6 @@ def choose_backend(name: str, device: str) -> tuple[Backend, str]:
         raise BackendUnavailableError(
             f"no usable backend for {device}: got none of {', '.join(BACKENDS)}; install one: pip install onnxruntime"
         )
-    if name in PLANNED_BACKENDS:
-        raise BackendUnavailableError(
-            f"backend {name!r} is not part of this release: use --backend {' or '.join(BACKENDS)}"
-        )
-    if name not in BACKENDS:
-        raise UnknownNameError("backend", name, ("auto", *BACKENDS))
     backend = BACKENDS[name]
     if not backend.installed():
         raise BackendUnavailableError(f"backend {name!r} is not installed: pip install {backend.package}")
@@ -104,15 +105,19 @@ def choose_device(device: str) -> str:
         BackendUnavailableError: A GPU was asked for and there is none.
         UnknownNameError: No such kind of device.
     """
-    kind = device.split(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
-        raise UnknownNameError("device", device, ("auto", "cpu", "cuda"))
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and index.isdecimal())):
+        raise UnknownNameError("device", device, ("auto", "cpu", "cuda", "cuda:N"))
     if kind == "cpu":
         return device
-    import torch  # only now: a CPU run by name must not pay for it
+    if importlib.util.find_spec("torch") is not None:
+        import torch  # only now: a CPU run by name must not pay for it
 
-    if torch.cuda.is_available():
-        return "cuda" if kind == "auto" else device
+        if torch.cuda.is_available():
+            if index and int(index) >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise BackendUnavailableError(f"--device {device} is not there, torch sees {count}: use --device cuda")
+            return "cuda" if kind == "auto" else device
     if kind == "cuda":
         raise BackendUnavailableError(f"--device {device} needs a CUDA GPU and torch sees none: use --device cpu")
     return "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +15,28 @@ import typer
 from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.clip import ClipRequest, make_clip, recorded_engine
-from causal_forcing.runtime.config import EngineOptions, GenerateConfig, launched_processes, package_version
-from causal_forcing.runtime.errors import OutputError, RecordError, UnknownNameError, UsageError
-from causal_forcing.runtime.record import ClipRecord, read_record, recorded_options
-from causal_forcing.runtime.spec import VARIANTS, Variant
+from causal_forcing.runtime.config import (
+    DEFAULT_PROMPT,
+    EngineOptions,
+    GenerateConfig,
+    launched_processes,
+    package_version,
+)
+from causal_forcing.runtime.errors import RecordError, UsageError
+from causal_forcing.runtime.manifest import read_manifest
+from causal_forcing.runtime.record import ClipRecord, read_record, record_path, recorded_options
+from causal_forcing.runtime.spec import VARIANTS
 from causal_forcing.runtime.text import read_prompt
 
 # Nothing imported here imports torch: `--help`, `--list` and every refusal must be instant.
-
-DEFAULT_PROMPT = (
-    "A paper boat drifts down a rain-soaked street at dusk, lantern light rippling in the puddles around it."
-)
-"""Used when no prompt is given."""
 
 DEFAULT_TOTAL_BLOCKS = 7
 """81 frames chunkwise: five seconds, what the released models were trained for."""
 
 OUTPUT_FOLDER = Path("outputs")
 
-IMAGE_FITS = ("stretch", "crop")
+GO_WITH_RECORD = ("from_record", "output", "output_dir", "device", "as_json", "debug")
+"""Options that do not change what a record says of its clip."""
 
 app = typer.Typer(name="cf-generate", add_completion=False)
 
@@ -42,6 +45,7 @@ app = typer.Typer(name="cf-generate", add_completion=False)
 @takes_engine_options
 def generate(
     options: EngineOptions,
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Option(help="Text of the clip, or a file whose first non-empty line is the text.")
     ] = None,
@@ -58,7 +62,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of all noise.")] = 0,
     output: Annotated[str | None, typer.Option(help="An .mp4 file, or a folder for PNG frames.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for clips without --output.")] = OUTPUT_FOLDER,
-    fps: Annotated[int | None, typer.Option(min=1, help="Playback rate. [default: the model's, 16]")] = None,
+    fps: Annotated[int | None, typer.Option(min=1, max=240, help="Playback rate. [default: the model's, 16]")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory to use as it is.")] = None,
     device: Device = "auto",
     from_record: Annotated[
@@ -73,39 +77,33 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Generate a video: find or build the engine, write frames as they are made, print the file's name."""
-    if version:
-        print(package_version())
-        return
-    if list_slugs:
-        _print_slugs(as_json)
+    if version or list_slugs:
+        console.print_line(package_version()) if version else _print_slugs(as_json)
         return
     _refuse_several_processes()
+    given = _given(context)
     if from_record is not None:
-        if options != EngineOptions() or prompt or image_path or total_blocks or endless or seed or fps or engine:
-            raise UsageError(
-                "--from-record repeats a clip as it was: leave out all but --output, --output-dir and --json"
-            )
-        _repeat(from_record, output, output_dir, as_json=as_json)
+        _refuse_options_beside_record(given)
+        request, record = _repeat_request(from_record, output, output_dir, device if "device" in given else None)
+        _report(_repeat(request, record), as_json)
         return
-    if endless and total_blocks is not None:
-        raise UsageError("--endless excludes --total-blocks: give one or the other")
-    if image_fit not in IMAGE_FITS:
-        raise UnknownNameError("image fit", image_fit, IMAGE_FITS)
-    variant = options.variant()
+    options = _check_together(options, given, engine, endless=endless, total_blocks=total_blocks)
+    variant, geometry = options.variant(), options.geometry()
     config = GenerateConfig(
-        prompt=_resolve_prompt(prompt),
+        prompt=DEFAULT_PROMPT if prompt is None else read_prompt(prompt),
         seed=seed,
         total_blocks=None if endless else DEFAULT_TOTAL_BLOCKS if total_blocks is None else total_blocks,
         image=image_path,
         image_fit=image_fit,
     )
     if no_instantiate:
-        console.print_json({"engine": options, "geometry": options.geometry(), "generate": config, "variant": variant})
+        console.print_json({"engine": options, "geometry": geometry, "generate": config, "variant": variant})
         return
     request = ClipRequest(
         options=options,
         generate=config,
-        output=output or _free_name(output_dir, variant),
+        output=output,
+        output_dir=output_dir,
         fps=fps or variant.fps,
         device=device,
         engine_folder=engine,
@@ -119,51 +117,72 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.run_program(functools.partial(app, args=words, prog_name="cf-generate", standalone_mode=False))
 
 
-def _repeat(path: Path, output: str | None, output_dir: Path, *, as_json: bool) -> None:
-    """Repeat the clip of a record, and make sure that its frames are the same."""
+def _given(context: typer.Context) -> list[str]:
+    """Return the names of the options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _refuse_options_beside_record(given: list[str]) -> None:
+    extra = [_spelling(name) for name in given if name not in GO_WITH_RECORD]
+    if extra:
+        raise UsageError(f"--from-record repeats a clip as it was: leave out {', '.join(extra)}")
+
+
+def _check_together(
+    options: EngineOptions, given: list[str], engine: Path | None, *, endless: bool, total_blocks: int | None
+) -> EngineOptions:
+    """Refuse options that exclude each other; an engine that was named says itself of which slug it is."""
+    if endless and total_blocks is not None:
+        raise UsageError("--endless excludes --total-blocks: give one or the other")
+    if engine is not None and (options.checkpoint or options.wan_folder):
+        raise UsageError("--engine excludes --checkpoint and --wan-folder: an engine holds its weights")
+    if engine is not None and "slug" not in given and engine.is_dir():
+        return dataclasses.replace(options, slug=read_manifest(engine).config.variant.slug)
+    return options
+
+
+def _spelling(name: str) -> str:
+    return "SLUG" if name == "slug" else f"--{name.removesuffix('_slugs').replace('_', '-')}"
+
+
+def _repeat_request(
+    path: Path, output: str | None, output_dir: Path, device: str | None
+) -> tuple[ClipRequest, ClipRecord]:
+    """Return the request that repeats the clip of a record, and the record."""
     record = read_record(path)
     options, config = recorded_options(record)
+    if output and os.path.abspath(record_path(output)) == os.path.abspath(path):
+        raise RecordError(f"{output} would replace the clip and record that are to be repeated: name another --output")
     request = ClipRequest(
         options=options,
-        # A clip that was stopped is repeated as far as it got.
-        generate=dataclasses.replace(config, total_blocks=record.blocks),
-        output=output or _free_name(output_dir, options.variant()),
+        generate=config,
+        output=output,
+        output_dir=output_dir,
         fps=record.fps,
-        device=record.device,
+        device=device or record.device,
         engine_folder=recorded_engine(record),
+        image_sha256=record.image_sha256,
     )
+    return request, record
+
+
+def _repeat(request: ClipRequest, record: ClipRecord) -> ClipRecord:
+    """Repeat the clip of a record, and make sure that its frames are the same."""
     again = make_clip(request)
     if again.frames_sha256 != record.frames_sha256:
-        cause = f"engine {again.engine_fingerprint[:16]} now, {record.engine_fingerprint[:16]} then"
-        if again.image_sha256 != record.image_sha256:
-            cause = f"the image {config.image} has changed"
-        raise RecordError(f"the frames in {request.output} are not the record's: {cause}")
+        then = f"engine {record.engine_fingerprint[:16]} on {record.device} then"
+        now = f"engine {again.engine_fingerprint[:16]} on {again.device} now"
+        raise RecordError(f"the frames in {again.output} are not the record's: {then}, {now}; both clips are kept")
     console.narrate(f"repeated bit for bit: {again.frames} frames")
-    _report(again, as_json)
+    return again
 
 
 def _report(record: ClipRecord, as_json: bool) -> None:
     if as_json:
         console.print_json(record.summary())
     else:
-        print(record.output)
-
-
-def _resolve_prompt(prompt: str | None) -> str:
-    if prompt is None:
-        console.narrate(f"no --prompt given, using: {DEFAULT_PROMPT}")
-        return DEFAULT_PROMPT
-    return read_prompt(prompt)
-
-
-def _free_name(folder: Path, variant: Variant) -> str:
-    """Return a name in the folder that no clip has yet; the folder is made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; choose another --output-dir") from error
-    names = (f"{variant.slug}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    return str(next(folder / name for name in names if not (folder / name).exists()))
+        console.print_line(record.output)
 
 
 def _print_slugs(as_json: bool) -> None:

@@ -61,7 +61,7 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
         given = {field.name: arguments.pop(field.name) for field in dataclasses.fields(EngineOptions)}
         command(EngineOptions(**given), **arguments)
 
-    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    del wrapper.__wrapped__
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     vars(wrapper)["__signature__"] = inspect.Signature(parameters)
     return wrapper

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,19 +19,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.config import EngineOptions, GenerateConfig
-from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, ImageError
+from causal_forcing.runtime.clip_writer import ClipWriter
+from causal_forcing.runtime.config import DEFAULT_PROMPT, EngineOptions, GenerateConfig
+from causal_forcing.runtime.errors import (
+    CausalForcingError,
+    EngineDamagedError,
+    EngineMismatchError,
+    EngineNotFoundError,
+    ImageError,
+    OutputError,
+    RecordError,
+    UsageError,
+)
 from causal_forcing.runtime.image import ImageFit, load_image
-from causal_forcing.runtime.manifest import MANIFEST_NAME, read_manifest
-from causal_forcing.runtime.record import ClipRecord, FrameHash
+from causal_forcing.runtime.manifest import read_manifest
+from causal_forcing.runtime.record import ClipRecord, check_record_path
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
-from causal_forcing.runtime.video import check_writable, open_sink
+from causal_forcing.runtime.video import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from causal_forcing.runtime.loading import EngineSet
     from causal_forcing.runtime.session import VideoSession
+
+BUILD_STOP_S = 30.0
+"""How long a build that was asked to stop may take to clean up."""
+WARNING_LENGTH = 300
+"""Characters of a warning that quotes the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +58,18 @@ class ClipRequest:
     """Which engine."""
     generate: GenerateConfig
     """Which clip."""
-    output: str
-    """An mp4 file, or a folder for PNG frames."""
+    output: str | None = None
+    """An mp4 file, or a folder for PNG frames; None takes a free name in `output_dir`."""
+    output_dir: Path = Path("outputs")
+    """Folder of clips without `output`; it is made if it is not there."""
     fps: int
     """Playback rate."""
     device: str = "auto"
     """Where to run."""
     engine_folder: Path | None = None
     """An engine directory to use as it is; None finds or builds one."""
-
-    def record_path(self) -> Path:
-        """Return where the record goes: `clip.json` beside `clip.mp4`."""
-        return Path(self.output.rstrip("/")).with_suffix(".json")
+    image_sha256: str | None = None
+    """What the image must hash to, as the engine gets it; None takes any."""
 
 
 def make_clip(request: ClipRequest) -> ClipRecord:
@@ -61,24 +80,25 @@ def make_clip(request: ClipRequest) -> ClipRecord:
         KeyboardInterrupt: Stopped by the user; the clip so far and its record are whole.
     """
     image = _check(request)
+    if request.generate.prompt == DEFAULT_PROMPT:
+        console.narrate(f"the default prompt: {DEFAULT_PROMPT}")
     folder = request.engine_folder or find_or_build(request.options, request.device)
     started_s = time.perf_counter()
-    from causal_forcing.runtime.loading import load_engines
+    engines = _load(request, folder)
     from causal_forcing.runtime.session import VideoSession
 
-    engines = load_engines(folder, device=request.device)
     config = engines.manifest.config
     with VideoSession(engines) as session:
         record = ClipRecord(
             engine_options=json.loads(json.dumps(dataclasses.asdict(request.options), default=str)),
-            engine=str(folder),
+            engine=os.path.abspath(engines.folder),
             engine_fingerprint=config.fingerprint(),
             engine_config=config.fields(),
             generate=dataclasses.asdict(request.generate),
             device=str(engines.device),
-            output=request.output,
+            output=request.output or "",
             fps=request.fps,
-            image_sha256=None if image is None else hashlib.sha256(image.tobytes()).hexdigest(),
+            image_sha256=None if image is None else _image_sha256(image),
             timing={"load_s": round(time.perf_counter() - started_s, 3)},
         )
         if config.weights.startswith("random:"):
@@ -98,16 +118,15 @@ def find_or_build(options: EngineOptions, device: str) -> Path:
     weights = weights_identity(options)
     if weights is not None:
         folder = resolve_engine(options, weights=weights, device=device).folder(default_root())
-        if (folder / MANIFEST_NAME).exists():
+        try:
+            read_manifest(folder)
+        except EngineNotFoundError:
+            console.narrate(f"no engine for {options.slug} with these options yet: building it once")
+        except (EngineDamagedError, EngineMismatchError):
+            pass  # the build says what is wrong with the one that is there
+        else:
             return folder
-        console.narrate(f"no engine for {options.slug} with these options yet: building it once")
-    command = [sys.executable, "-m", "causal_forcing.build_engines.cli", *_build_arguments(options), "--device", device]
-    finished = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=False)
-    if finished.returncode:
-        failure = CausalForcingError(f"the engine could not be built: cf-build {options.slug} failed, see above")
-        failure.exit_code = finished.returncode
-        raise failure
-    return Path(json.loads(finished.stdout)["engine"])
+    return _build(options, device)
 
 
 def recorded_engine(record: ClipRecord) -> Path | None:
@@ -120,21 +139,63 @@ def recorded_engine(record: ClipRecord) -> Path | None:
     return folder if same else None
 
 
+def _load(request: ClipRequest, folder: Path) -> EngineSet:
+    """Load an engine; a damaged one is built again where it came from the cache."""
+    from causal_forcing.runtime.loading import load_engines
+
+    try:
+        return load_engines(folder, device=request.device)
+    except EngineDamagedError:
+        if request.engine_folder is not None:
+            raise
+        return load_engines(_build(request.options, request.device), device=request.device)
+
+
+def _build(options: EngineOptions, device: str) -> Path:
+    """Run `cf-build`, and pass a stop on to it: it removes what it has begun."""
+    command = [sys.executable, "-m", "causal_forcing.build_engines.cli", *_build_arguments(options)]
+    # In a group of its own, Ctrl-C reaches the build once, through this program, however it came.
+    build = subprocess.Popen(
+        [*command, "--device", device, "--json"], stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        result, _ = build.communicate()
+    except BaseException:
+        console.narrate("stopping the build")
+        build.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            build.wait(BUILD_STOP_S)
+        build.kill()
+        raise
+    if build.returncode:
+        failure = CausalForcingError(f"the engine could not be built: cf-build {options.slug} failed, see above")
+        failure.exit_code, failure.said = build.returncode, True
+        if build.returncode < 0:  # nobody had the time to say so
+            name = signal.Signals(-build.returncode).name
+            failure = CausalForcingError(f"the build was killed by {name}: is there enough memory? run it again")
+            failure.exit_code = 3
+        raise failure
+    return Path(json.loads(result)["engine"])
+
+
 def _build_arguments(options: EngineOptions) -> list[str]:
     arguments = [options.slug]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name != "slug" and value is not None:
-            arguments += [f"--{field.name.replace('_', '-')}", str(value)]
+            arguments.append(f"--{field.name.replace('_', '-')}={value}")
     return arguments
 
 
 def _check(request: ClipRequest) -> npt.NDArray[np.float32] | None:
-    """Find what is wrong with the request before anything is built, loaded or written; returns the image."""
+    """Find what is wrong with the request before anything is built, loaded or written; returns the image.
+
+    What needs no framework comes first, so that most refusals are instant.
+    """
     options, generate = request.options, request.generate
     variant = options.variant()
     geometry = options.geometry()
-    check_writable(request.output)
+    _check_output(request)
     if request.engine_folder is not None:
         if not request.engine_folder.is_dir():
             raise EngineNotFoundError(
@@ -145,59 +206,66 @@ def _check(request: ClipRequest) -> npt.NDArray[np.float32] | None:
         geometry = manifest.config.geometry
     if variant.takes_image and generate.image is None:
         raise ImageError(f"{variant.slug} starts from an image and none was given: add --image-path FILE")
-    if generate.image is None:
-        return None
-    if not variant.takes_image:
+    if generate.image is not None and not variant.takes_image:
         raise ImageError(f"{variant.slug} makes video from text alone: leave out --image-path, or use an i2v slug")
-    return load_image(
-        generate.image,
-        pixel_height=geometry.pixel_height,
-        pixel_width=geometry.pixel_width,
-        resize=ImageFit(generate.image_fit),
-    )
+    image = None
+    if generate.image is not None:
+        image = load_image(
+            generate.image,
+            pixel_height=geometry.pixel_height,
+            pixel_width=geometry.pixel_width,
+            resize=ImageFit(generate.image_fit),
+        )
+        if request.image_sha256 not in (None, _image_sha256(image)):
+            raise RecordError(f"the image {generate.image} is not the record's any more: bring back the one it was")
+    if request.engine_folder is None:
+        resolve_engine(options, weights="", device=request.device)
+    return image
+
+
+def _check_output(request: ClipRequest) -> None:
+    if request.output is not None:
+        if not request.output.strip():
+            raise UsageError("--output is empty: name an .mp4 file, or a folder for PNG frames")
+        check_writable(request.output)
+        check_record_path(request.output)
+        return
+    # What would be made first: the nearest folder that is there must take it.
+    folder = Path(os.path.abspath(request.output_dir))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not writable" if os.path.isdir(folder) else "is no folder"
+        raise OutputError(f"cannot write into {request.output_dir}: {folder} {what}; choose another --output-dir")
+
+
+def _image_sha256(image: npt.NDArray[np.float32]) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def _write_clip(
     session: VideoSession, request: ClipRequest, record: ClipRecord, image: npt.NDArray[np.float32] | None
 ) -> None:
     total_blocks = request.generate.total_blocks
-    hashed = FrameHash()
     started_s = time.perf_counter()
     with _prompt_warnings():
         chunks = session.generate(
             request.generate.prompt, total_blocks=total_blocks, seed=request.generate.seed, image=image
         )
     progress = console.GenerationProgress(total_blocks)
-    try:
-        with open_sink(request.output, fps=request.fps) as sink, progress:
-            for chunk in chunks:
-                frames = chunk.frames()
-                sink.write(frames)
-                hashed.update(frames)
-                record.blocks, record.frames = chunk.index + 1, sink.frames_written
-                progress.advance(len(frames))
-                if chunk.index == 0:
-                    record.write(request.record_path())
-                if chunk.index + 1 == total_blocks:
-                    break  # asking for one more would run the last chunk's context pass, which nothing needs
-        record.status = "complete"
-    except KeyboardInterrupt:
-        record.status = "interrupted"
-        raise
-    except BaseException:
-        record.status = "failed"
-        raise
-    finally:
-        if record.frames:
-            record.frames_sha256 = hashed.hexdigest()
+    writer = ClipWriter(record, output_dir=request.output_dir, slug=request.options.slug)
+    with writer, progress:
+        for chunk in chunks:
+            frames = chunk.frames()
+            writer.add(chunk.index, frames)
+            progress.advance(len(frames))
             record.timing |= {
                 "first_frame_s": _rounded(progress.first_frame_s),
                 "steady_fps": _rounded(progress.fps),
                 "generate_s": _rounded(time.perf_counter() - started_s),
             }
-            record.write(request.record_path())
-            if record.status != "complete":
-                console.narrate(f"kept the clip so far: {record.frames} frames in {request.output}")
+            if chunk.index + 1 == total_blocks:
+                break  # asking for one more would run the last chunk's context pass, which nothing needs
 
 
 @contextmanager
@@ -210,7 +278,8 @@ def _prompt_warnings() -> Iterator[None]:
         yield
     for warning in caught:
         if issubclass(warning.category, PromptTruncated):
-            console.warn(str(warning.message))
+            text = str(warning.message)
+            console.warn(text if len(text) <= WARNING_LENGTH else f"{text[:WARNING_LENGTH]} …")
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 

@@ -33,6 +33,14 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT_SLUG = "tiny"
 """What runs where no slug is given: the one model whose weights need no download."""
 
+DEFAULT_PROMPT = (
+    "A paper boat drifts down a rain-soaked street at dusk, lantern light rippling in the puddles around it."
+)
+"""Used when no prompt is given."""
+
+IMAGE_FITS = ("stretch", "crop")
+"""Ways of bringing an image to the video's shape."""
+
 DECODERS = ("wan",)
 """Decoders that an engine can be built with."""
 
@@ -62,8 +70,15 @@ def package_version() -> str:
 
 
 def launched_processes() -> int:
-    """Return how many processes a launcher such as torchrun started for this run."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Return how many processes a launcher such as torchrun started for this run.
+
+    Raises:
+        UsageError: Its environment variable holds something else.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"WORLD_SIZE is {given!r}, expected a number of processes: unset WORLD_SIZE")
+    return int(given)
 
 
 def op_digest() -> str:
@@ -196,7 +211,8 @@ def build_command(fields: dict[str, Any]) -> str:
         if option in fields:
             words += [f"--{option}", str(fields[option])]
     weights = str(fields.get("weights", ""))
-    if weights.startswith("random:") and variant.get("checkpoint_file"):
+    # Without a released checkpoint, seed 0 is what a slug stands for.
+    if weights.startswith("random:") and (variant.get("checkpoint_file") or weights != "random:0"):
         words += ["--random-weights", weights.removeprefix("random:")]
     if weights.startswith("sha256:"):
         words += ["--checkpoint", "FILE", "--wan-folder", "FOLDER"]
@@ -221,3 +237,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.total_blocks is not None and self.total_blocks < 1:
             raise UsageError(f"--total-blocks {self.total_blocks} makes no video: use 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed {self.seed} is out of range: use a number from 0 to {2**64 - 1}")
+        if self.image_fit not in IMAGE_FITS:
+            raise UnknownNameError("image fit", self.image_fit, IMAGE_FITS)

@@ -1,26 +1,29 @@
 """The only place that prints: results to stdout, narration to stderr, one line for every error.
 
-Exit codes: 0 ok, 1 failure, 2 usage, 3 environment, 130 interrupted. Colour and live lines appear on terminals only.
-A terminal's drawing library is imported when something is drawn, so `--help` and pipes do not pay for it.
+Exit codes: 0 ok, 1 failure, 2 usage, 3 environment, 130 interrupted (by SIGTERM 143: 128 + the signal's number). Colour
+and live lines appear on terminals only. A terminal's drawing library is imported when something is drawn, so `--help`
+and pipes do not pay for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, TextIO
 
-from causal_forcing.runtime.errors import CausalForcingError
+from causal_forcing.runtime.errors import CausalForcingError, OutputError
+from causal_forcing.runtime.interruption import stoppable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -38,15 +41,20 @@ def run_program(entry: Callable[[], object]) -> NoReturn:
         entry: The program, usually `functools.partial(app, standalone_mode=False)` of a typer app. An int that it
             returns is the exit code; anything else counts as success.
     """
-    try:
-        result = entry()
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
-    except BaseException as error:
-        code = _report(error)
-    else:
-        code = result if type(result) is int else 0
-        if code == INTERRUPTED:  # typer turns Ctrl-C into this result
-            narrate("interrupted")
+    _open_closed_streams()
+    with stoppable() as received:
+        try:
+            result = entry()
+            with _result_stream():
+                pass  # a closed pipe shows here, not in the interpreter's shutdown
+        except BaseException as error:
+            code = _report(error)
+        else:
+            code = result if type(result) is int else 0
+            if code == INTERRUPTED:  # typer turns Ctrl-C into this result
+                narrate("interrupted")
+    if code == INTERRUPTED and received:
+        code = 128 + received[0]
     sys.exit(code)
 
 
@@ -62,24 +70,53 @@ def _report(error: BaseException) -> int:
         return INTERRUPTED
     if _is_typer(error, "Exit"):
         return int(getattr(error, "exit_code", 0))
-    format_message = getattr(error, "format_message", None)
-    if callable(format_message):  # a usage error; typer's own classes are private
-        message = str(format_message())
-        if message.strip():  # empty: called without a command, and typer has just shown the help
-            narrate(f"error: {_one_line(message)} (see --help)")
+    if callable(getattr(error, "format_message", None)):  # a usage error; typer's own classes are private
+        message = _usage_message(error)
+        if message:  # empty: called without a command, and typer has just shown the help
+            narrate(f"error: {message} (see --help)")
         return int(getattr(error, "exit_code", 2))
     if _is_debugging():
         narrate("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, CausalForcingError):
-        narrate(f"error: {_one_line(str(error))}")
+        if not error.said:
+            narrate(f"error: {_one_line(str(error))}")
         return error.exit_code
     text = _one_line(str(error))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+    if _is_out_of_memory(error):
         narrate(f"error: out of memory ({text or type(error).__name__}): free some, or ask for a smaller video")
         return 3
     again = "" if _is_debugging() else " (run again with --debug for the traceback)"
     narrate(f"error: unexpected {type(error).__name__}: {text or 'no message'}{again}")
     return 1
+
+
+def _usage_message(error: BaseException) -> str:
+    """Return typer's message in one line, with what it leaves out: the nearest option, the value that was given.
+
+    The attributes read here are those of typer's exceptions since it took over click's; an absent one adds nothing.
+    """
+    message = _one_line(str(error.format_message()))  # type: ignore[attr-defined]
+    option = getattr(error, "option_name", None)
+    if option and hasattr(error, "possibilities"):
+        parameters = getattr(getattr(getattr(error, "ctx", None), "command", None), "params", [])
+        known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+        return f"no such option {option}" + (f": did you mean {near[0]}?" if near else "")
+    spellings = getattr(getattr(error, "param", None), "opts", [])
+    details = getattr(error.__cause__, "errors", None)  # pydantic's, which typer parses values with
+    if spellings and callable(details):
+        detail = details()[0]
+        return f"{spellings[-1]} {detail['input']!r} is not valid: {_one_line(detail['msg'])}"
+    return message
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # Torch has a class of that name for GPUs, and a RuntimeError for the CPU.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _is_typer(error: BaseException, name: str) -> bool:
@@ -94,6 +131,26 @@ def _is_debugging() -> bool:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _open_closed_streams() -> None:
+    """Give a program that was started with stdout or stderr closed (`>&-`) a stream that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the program's life)
+
+
+@contextlib.contextmanager
+def _result_stream() -> Iterator[None]:
+    """Flush stdout after the block, and say what keeps a result from being written there."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence_stdout()
+        raise OutputError(f"cannot write the result to stdout: {error.strerror}; send it elsewhere") from error
 
 
 def _silence_stdout() -> None:
@@ -113,10 +170,16 @@ def warn(text: str) -> None:
     narrate(f"warning: {text}")
 
 
+def print_line(text: object) -> None:
+    """Print a result of one line."""
+    with _result_stream():
+        print(text)
+
+
 def print_json(obj: object) -> None:
     """Print a result as JSON; dataclasses, paths and enums included."""
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(obj, indent=2, ensure_ascii=not is_unicode, default=_as_json), flush=True)
+    print_line(json.dumps(obj, indent=2, ensure_ascii=not is_unicode, default=_as_json))
 
 
 def _as_json(value: object) -> object:
@@ -141,9 +204,8 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         assert len(row) == len(headers), f"a row of {len(row)} cells under {len(headers)} headers"
     if not _is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-        for line in (headers, *cells):
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            print("  ".join(padded).rstrip())
+        padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (headers, *cells))
+        print_line("\n".join("  ".join(line).rstrip() for line in padded))
         return
     from rich.console import Console
     from rich.table import Table

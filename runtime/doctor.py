@@ -179,6 +179,9 @@ def _probe_disk(folder: Path) -> Probe:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     detail = f"{_gib(free)} free for {folder}"
+    if not existing.is_dir():
+        fix = "export CAUSAL_FORCING_HOME=FOLDER"
+        return Probe(name="disk", status="fail", detail=f"{existing} is a file, expected a folder", fix=fix)
     if not os.access(existing, os.W_OK):
         return Probe(name="disk", status="fail", detail=f"{detail}, but {existing} is not writable")
     if free < LOW_DISK_BYTES:

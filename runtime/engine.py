@@ -42,20 +42,19 @@ class IOTensors(Mapping[str, torch.Tensor]):
     def __init__(self, networks: Iterable[NetworkSpec], device: torch.device) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         networks = list(networks)
+        aliases = {output: source for network in networks if network.in_place for output, source in network.states}
         for network in networks:
             for io_tensor in network.io_tensors():
                 dtype = getattr(torch, io_tensor.dtype)
-                known = self._tensors.setdefault(
-                    io_tensor.name, torch.zeros(io_tensor.shape, dtype=dtype, device=device)
-                )
+                name = aliases.get(io_tensor.name, io_tensor.name)
+                if name not in self._tensors:
+                    self._tensors[name] = torch.zeros(io_tensor.shape, dtype=dtype, device=device)
+                known = self._tensors[name]
                 assert (tuple(known.shape), known.dtype) == (io_tensor.shape, dtype), (
                     f"networks disagree about io_tensor {io_tensor.name}: {tuple(known.shape)} {known.dtype}, "
                     f"{network.name} has {io_tensor.shape} {dtype}"
                 )
-        for network in networks:
-            if network.in_place:
-                for output, source in network.states:
-                    self._tensors[output] = self._tensors[source]
+        self._tensors |= {output: self._tensors[source] for output, source in aliases.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]

@@ -29,6 +29,8 @@ class CausalForcingError(Exception):
     """Base of all errors of this project; `exit_code` is what the programs leave with."""
 
     exit_code = 1
+    said = False
+    """Whether a program that this one started has told the user already."""
 
 
 class UsageError(CausalForcingError):

@@ -72,6 +72,8 @@ def load_image(
 
 def _read(source: str) -> Path | io.BytesIO:
     """Return what PIL can open: the path of a regular file, or a download."""
+    if not source.strip():
+        raise ImageError("--image-path is empty: name one picture file")
     scheme = urlsplit(source).scheme if "://" in source else ""
     if scheme in ("http", "https"):
         return io.BytesIO(_download(source))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,11 +16,12 @@ from causal_forcing.runtime.config import (
     SCHEMA_VERSION,
     EngineConfig,
     build_command,
+    cache_folder,
     fingerprint_of,
     op_digest,
     package_version,
 )
-from causal_forcing.runtime.errors import EngineDamagedError, EngineMismatchError, EngineNotFoundError
+from causal_forcing.runtime.errors import EngineDamagedError, EngineMismatchError, EngineNotFoundError, UsageError
 from causal_forcing.runtime.spec import (
     DiTSpec,
     Geometry,
@@ -32,6 +34,9 @@ from causal_forcing.runtime.spec import (
 )
 
 MANIFEST_NAME = "manifest.json"
+
+ENGINES_FOLDER = "engines"
+"""Folder of all engines inside the cache folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,7 @@ class Manifest:
             "files": {name: asdict(entry) for name, entry in self.files.items()},
             "build": dict(self.build),
         }
+        content["digest"] = fingerprint_of(content)
         (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -90,17 +96,18 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         fields = content["config"]
         schema_version = content["schema_version"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise EngineNotFoundError(
             f"no engine in {folder}: {MANIFEST_NAME} is not there; build one: cf-build SLUG"
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EngineDamagedError(f"{path} is not a readable manifest ({error!r}); rebuild it: cf-build SLUG") from error
-    fix = build_command(fields) if isinstance(fields, dict) else "cf-build SLUG"
+    fix = _rebuild_command(folder, fields)
     if schema_version != SCHEMA_VERSION:
         raise EngineMismatchError("schema_version", got=schema_version, expected=SCHEMA_VERSION, fix=fix)
     try:
-        if fingerprint_of(fields) != content["fingerprint"]:
+        digest = content.pop("digest")
+        if fingerprint_of(fields) != content["fingerprint"] or fingerprint_of(content) != digest:
             raise EngineDamagedError(
                 f"{path} was altered: its fingerprint does not match its content; rebuild it: {fix}"
             )
@@ -111,12 +118,27 @@ def read_manifest(folder: Path) -> Manifest:
             files={name: EngineFile(**entry) for name, entry in content["files"].items()},
             build=content["build"],
         )
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, UsageError) as error:
         raise EngineDamagedError(f"{path} lacks or misnames a field ({error!r}); rebuild it: {fix}") from error
     for name, current in (("package_version", package_version()), ("op_digest", op_digest())):
-        if fields[name] != current:
-            raise EngineMismatchError(name, got=fields[name], expected=current, fix=fix)
+        got = getattr(manifest.config, name)
+        if got != current:
+            raise EngineMismatchError(name, got=got, expected=current, fix=fix)
     return manifest
+
+
+def _rebuild_command(folder: Path, fields: Any) -> str:
+    """Return the command that makes an engine anew where it is, as far as its manifest's fields tell."""
+    try:
+        command = build_command(fields)
+        slug = str(fields["variant"]["slug"])
+    except (AttributeError, TypeError, KeyError):
+        return "cf-build SLUG"
+    # Elsewhere than in the cache: below the folder that was given with --output.
+    root = folder.absolute().parent.parent
+    if folder.absolute().parent.name == slug and root != (cache_folder() / ENGINES_FOLDER).absolute():
+        command += f" --output {shlex.quote(str(root))}"
+    return command
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -125,7 +147,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         EngineDamagedError: A file is missing or differs.
     """
-    fix = manifest.config.build_command()
+    fix = _rebuild_command(folder, manifest.config.fields())
 
     def check(item: tuple[str, EngineFile]) -> None:
         name, entry = item

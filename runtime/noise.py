@@ -64,6 +64,8 @@ class GivenNoise:
     def from_file(cls, path: Path) -> GivenNoise:
         """Read a safetensors file with `noise` and `renoise.blockBB.stepS` tensors."""
         tensors = load_file(path)
+        if "noise" not in tensors:
+            raise UsageError(f"{path} holds no tensor named noise but {', '.join(tensors) or 'nothing'}")
         renoise = {}
         for name, tensor in tensors.items():
             if name.startswith("renoise.block"):
@@ -72,7 +74,7 @@ class GivenNoise:
         return cls(tensors["noise"], renoise)
 
     def fill(self, chunk_index: int, noise: torch.Tensor) -> None:
-        """See `NoiseSource.fill`; passes that nothing was drawn for stay as they are."""
+        """See `NoiseSource.fill`; a pass that nothing was drawn for is NaN, so that using it cannot go unseen."""
         frames = noise.shape[2]
         start = chunk_index * frames
         if start + frames > self._initial.shape[1]:
@@ -80,8 +82,15 @@ class GivenNoise:
                 f"the given noise holds {self._initial.shape[1]} latent frames, chunk {chunk_index} needs "
                 f"{start} to {start + frames - 1}: ask for fewer blocks"
             )
-        noise[0].copy_(self._initial[:, start : start + frames])
+        noise[1:].fill_(float("nan"))
+        drawn = {0: self._initial[:, start : start + frames]}
         for pass_index in range(1, noise.shape[0]):
-            drawn = self._renoise.get((chunk_index, pass_index - 1))
-            if drawn is not None:
-                noise[pass_index].copy_(drawn)
+            if (chunk_index, pass_index - 1) in self._renoise:
+                drawn[pass_index] = self._renoise[chunk_index, pass_index - 1]
+        for pass_index, tensor in drawn.items():
+            if tensor.shape != noise.shape[1:]:
+                raise UsageError(
+                    f"the given noise of chunk {chunk_index}, pass {pass_index} is {tuple(tensor.shape)}, expected "
+                    f"{tuple(noise.shape[1:])}: give noise of the engine's shape"
+                )
+            noise[pass_index].copy_(tensor)

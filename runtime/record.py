@@ -9,7 +9,8 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +46,9 @@ class ClipRecord:
     status: str = "running"
     """running, complete, interrupted or failed."""
     blocks: int = 0
-    """Chunks handed out."""
+    """Chunks that are in the clip, whole."""
     frames: int = 0
-    """Pixel frames written."""
+    """Their pixel frames."""
     frames_sha256: str | None = None
     """Hash over all frames, 8-bit RGB: equal for a clip that is repeated bit for bit."""
     timing: dict[str, float | None] = field(default_factory=dict)
@@ -93,24 +94,84 @@ def read_record(path: Path) -> ClipRecord:
             f"{path} is no clip record of version {RECORD_VERSION}, got {version}: name a clip's .json file"
         )
     try:
-        return ClipRecord(**content)
+        record = ClipRecord(**content)
     except TypeError as error:
         raise RecordError(f"record {path} lacks or misnames a field ({error}): generate the clip anew") from error
+    _check_types(record, f"record {path}")
+    return record
 
 
 def recorded_options(record: ClipRecord) -> tuple[EngineOptions, GenerateConfig]:
-    """Return the options that repeat a record's clip.
+    """Return the options that repeat a record's clip: as far as it got, with the engine spelled out.
 
     Raises:
         RecordError: A field is not one of ours.
+        UsageError: An option's value is none that it can have.
     """
+    given, config = dict(record.engine_options), record.engine_config
     try:
-        options = dict(record.engine_options)
         for name in ("checkpoint", "wan_folder"):
-            options[name] = None if options.get(name) is None else Path(options[name])
-        return EngineOptions(**options), GenerateConfig(**record.generate)
-    except TypeError as error:
+            given[name] = None if given.get(name) is None else Path(given[name])
+        # Where the engine was named by its folder, only its own configuration says which one it was.
+        for name in ("pixel_height", "pixel_width", "window_frames", "sink_frames"):
+            given[name] = config["geometry"][name]
+        for name in ("backend", "precision", "decoder"):
+            given[name] = config[name]
+        if config["weights"].startswith("random:"):
+            given["random_weights"] = int(config["weights"].removeprefix("random:"))
+        options = EngineOptions(**given | {"slug": config["variant"]["slug"]})
+        generate = GenerateConfig(**record.generate | {"total_blocks": record.blocks})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RecordError(f"the record names an option that is not one ({error}): generate the clip anew") from error
+    _check_types(options, "the record's engine_options")
+    _check_types(generate, "the record's generate")
+    return options, generate
+
+
+def record_path(output: str) -> Path:
+    """Return where the record of a clip goes: `clip.json` beside `clip.mp4`, `frames.json` beside `frames/`.
+
+    Raises:
+        OutputError: There is nothing that it could lie beside.
+    """
+    path = Path(output)
+    if not path.name or path.name == "..":
+        path = Path(os.path.abspath(output))
+    if not path.name:
+        raise OutputError(f"cannot write the record of {output}: it has no folder to lie in; name another output")
+    if path.suffix.lower() == ".mp4" and not output.endswith("/"):
+        return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json")
+
+
+def check_record_path(output: str) -> None:
+    """Find out whether a clip's record can be written, without losing anything that is not one.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    path = record_path(output)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write the record {path}: {path.parent} is not writable; name another output")
+    if path.is_dir():
+        raise OutputError(f"cannot write the record {path}: it is a folder; name another output")
+    if os.path.lexists(path):
+        try:
+            read_record(path)
+        except RecordError:
+            raise OutputError(
+                f"cannot write the record {path}: the file there is no clip record and would be lost; name another "
+                "output, or move that file"
+            ) from None
+
+
+def _check_types(instance: ClipRecord | EngineOptions | GenerateConfig, what: str) -> None:
+    """Check that every field of a dataclass holds what its annotation says; JSON may hold anything."""
+    for name, hint in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not any(isinstance(value, get_origin(kind) or kind) for kind in kinds):
+            raise RecordError(f"{what} has {value!r} for {name}, expected {hint}: generate the clip anew")
 
 
 class FrameHash:

@@ -17,10 +17,7 @@ from causal_forcing.runtime.config import (
     package_version,
 )
 from causal_forcing.runtime.errors import EngineMismatchError
-from causal_forcing.runtime.manifest import Manifest
-
-ENGINES_FOLDER = "engines"
-"""Folder of all engines inside the cache folder."""
+from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest
 
 
 def default_root() -> Path:
@@ -89,6 +86,7 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
         "sink_frames": (geometry.sink_frames, options.sink_frames),
         "precision": (config.precision, options.precision),
         "backend": (config.backend, None if options.backend == "auto" else options.backend),
+        "weights": (config.weights, None if options.random_weights is None else weights_identity(options)),
     }
     for field, (got, expected) in given.items():
         if expected is not None and got != expected:
@@ -97,7 +95,7 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
 
 def _command(options: EngineOptions) -> str:
     words = [f"cf-build {options.slug}"]
-    for name in ("pixel_height", "pixel_width", "window_frames", "sink_frames", "precision"):
+    for name in ("pixel_height", "pixel_width", "window_frames", "sink_frames", "precision", "random_weights"):
         value = getattr(options, name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')} {value}")

@@ -25,7 +25,7 @@ from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.noise import NoiseSource, SeededNoise
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_denoising, timestep_embedding
-from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.text import Tokenizer, clean_prompt
 
 
 class PromptTruncated(UserWarning):
@@ -116,14 +116,18 @@ class VideoSession:
         Raises:
             PromptError: The prompt is empty, or the engines have no text encoder.
             ImageError: An image for a text-to-video model, or none for an image-to-video one.
-            UsageError: Another argument does not fit.
+            UsageError: Another argument does not fit, or the session is closed.
         """
+        if not self.__dict__:
+            raise UsageError("this session is closed: make another with VideoSession(load_engines(folder))")
         if total_blocks is not None and total_blocks < 1:
             raise UsageError(f"total_blocks {total_blocks} makes no video: use 1 or more")
         variant = self._config.variant
         if variant.takes_image and image is None and initial_latents is None:
             raise ImageError(f"{variant.slug} starts from an image and none was given: add --image-path FILE")
         if image is not None:
+            if initial_latents is not None:
+                raise UsageError("a clip starts from an image or from initial latents: give one or the other")
             if not variant.takes_image:
                 raise ImageError(
                     f"{variant.slug} makes video from text alone: leave out --image-path or use an i2v slug"
@@ -131,7 +135,7 @@ class VideoSession:
             initial_latents = self._encode_image(image)
         initial = self._split_initial(initial_latents)
         self._encode_prompt(prompt)
-        self._decoder.reset()
+        self._forget_clip()
         self._clip = clip = object()
         return self._chunks(clip, initial, noise or SeededNoise(seed), total_blocks)
 
@@ -150,10 +154,9 @@ class VideoSession:
     def _chunks(
         self, clip: object, initial: list[torch.Tensor], noise: NoiseSource, total_blocks: int | None
     ) -> Iterator[Chunk]:
+        self._check_current(clip)
         plan, chunk_frames = self._plan, self._config.geometry.chunk_frames
         for index in itertools.count() if total_blocks is None else range(total_blocks):
-            if self.__dict__.get("_clip") is not clip:
-                raise UsageError("this clip has ended: its session was closed or started another")
             self._place(index * chunk_frames)
             if index < len(initial):
                 self._latent.copy_(initial[index])
@@ -164,7 +167,18 @@ class VideoSession:
                 context_index = plan.context_index
             self._io["latent"].copy_(self._latent)
             yield self._hand_out(index)
+            self._check_current(clip)
             self._write_context(context_index)
+
+    def _check_current(self, clip: object) -> None:
+        if self.__dict__.get("_clip") is not clip:
+            raise UsageError("this clip has ended: its session was closed or started another")
+
+    def _forget_clip(self) -> None:
+        """Make ready for a new clip: no frame, and no NaN, of the one before may stay in a cache."""
+        self._decoder.reset()
+        for _, cache in self._dit_step.spec.states:
+            self._io[cache].zero_()
 
     @torch.inference_mode()
     def _denoise(self, chunk_index: int, steps: tuple[DenoisingStep, ...], noise: NoiseSource) -> None:
@@ -187,7 +201,7 @@ class VideoSession:
         self._io["valid_slots"].fill_(self._ring.valid_slots(start_frame))
         self._rope.place(start_frame)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors a caller could not change
     def _hand_out(self, index: int) -> Chunk:
         pixels = self._decoder.decode().float().clamp(-1, 1).mul(0.5).add(0.5)
         return Chunk(index=index, latents=self._latent.clone(), pixels=pixels)
@@ -200,10 +214,8 @@ class VideoSession:
     def _encode_prompt(self, prompt: str | torch.Tensor) -> None:
         embeds = self._io["prompt_embeds"]
         if isinstance(prompt, torch.Tensor):
-            if prompt.shape[1] > embeds.shape[1] or (prompt.shape[0], prompt.shape[2]) != (
-                embeds.shape[0],
-                embeds.shape[2],
-            ):
+            batch, length, width = embeds.shape
+            if prompt.dim() != 3 or (prompt.shape[0], prompt.shape[2]) != (batch, width) or prompt.shape[1] > length:
                 raise PromptError(f"prompt embedding {tuple(prompt.shape)} does not fit {tuple(embeds.shape)}")
             embeds.zero_()
             embeds[:, : prompt.shape[1]].copy_(prompt)
@@ -215,7 +227,7 @@ class VideoSession:
         text_encoder = self._engines.engines.get("text_encoder")
         if text_encoder is None:
             raise PromptError("this engine has no text encoder: give a prompt embedding, or rebuild it with cf-build")
-        if not prompt.strip():
+        if not clean_prompt(prompt):
             raise PromptError("the prompt is empty: say what to show, as in --prompt 'a cat on a beach'")
         batch, length = self._io["token_ids"].shape
         if self._tokenizer is None:
@@ -244,8 +256,14 @@ class VideoSession:
         if initial_latents is None:
             return []
         chunk = self._latent.shape
-        batch, frames, *rest = initial_latents.shape
-        if (batch, *rest) != (chunk[0], *chunk[2:]) or frames % chunk[1]:
+        # Everything but the number of frames must agree.
+        others = [axis for axis in range(5) if axis != 1]
+        if (
+            initial_latents.dim() != 5
+            or any(initial_latents.shape[axis] != chunk[axis] for axis in others)
+            or not initial_latents.shape[1]
+            or initial_latents.shape[1] % chunk[1]
+        ):
             raise UsageError(
                 f"initial latents {tuple(initial_latents.shape)} do not fit: expected {tuple(chunk)} or a multiple of "
                 f"{chunk[1]} latent frames"

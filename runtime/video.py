@@ -198,9 +198,12 @@ class Mp4Sink:
 
             with contextlib.suppress(OSError, av.FFmpegError):  # the error that brought us here is the one to report
                 container.close()
-        if self._bytes_safe:
+        if self._packets_muxed > 1:
             with contextlib.suppress(OSError):  # a device or a pipe cannot be cut
                 os.truncate(self._path, self._bytes_safe)
+        elif os.path.isfile(self._path):
+            with contextlib.suppress(OSError):  # not one frame is in it
+                os.unlink(self._path)
 
     def _write_error(self, error: Exception) -> OutputError:
         # The piece that failed is that of the frame before the last packet; everything before it is complete.

@@ -6,9 +6,10 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Refuses = Callable[..., str]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,10 +78,78 @@ def tiny_engine(run: Run) -> Path:
 @pytest.fixture(scope="session")
 def tiny_i2v_engine(run: Run) -> Path:
     """The engine directory of `tiny-i2v` at 32×48, torch: quick to build."""
-    return _built(run, "tiny-i2v", "--pixel-height", "32", "--pixel-width", "48", "--backend", "torch")
+    return _built(
+        run, "tiny-i2v", "--pixel-height", "32", "--pixel-width", "48", "--backend", "torch", "--precision", "fp32"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_torch_engine(engine_home: Path) -> Path:
+    """The engine directory of `tiny` at 32×48, torch, built in this process."""
+    from causal_forcing.build_engines.builder import build
+    from causal_forcing.build_engines.planner import make_job
+    from causal_forcing.runtime.config import EngineOptions
+    from causal_forcing.runtime.resolution import default_root
+
+    options = EngineOptions(slug="tiny", backend="torch", precision="fp32", pixel_height=32, pixel_width=48)
+    job = make_job(options, device="cpu")
+    folder = job.config.folder(default_root())
+    build(job, folder)
+    return folder
 
 
 def _built(run: Run, *arguments: str) -> Path:
     finished = run("cf-build", *arguments)
     assert finished.returncode == 0, finished.stderr
     return Path(finished.stdout.strip())
+
+
+@pytest.fixture
+def refuses(
+    run: Run, engine_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Refuses:
+    """Run a program on bad input and return its one error line.
+
+    It must leave with the given code, print nothing but that line (narration before it is fine where work had `begun`),
+    show no traceback, and leave every file in the working folder and in the cache as it was. The program runs in this
+    process, which is quick, unless `alone` or with `options` for `run`.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def check(
+        program: str, *arguments: str, code: int = 2, begun: bool = False, alone: bool = False, **options: Any
+    ) -> str:
+        before = _files(tmp_path), _files(engine_home)
+        got: object
+        if alone or options:
+            finished = run(program, *arguments, cwd=tmp_path, **options)
+            got, out, err = finished.returncode, finished.stdout, finished.stderr
+        else:
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as left:
+                _main(program)(arguments)
+            got, (out, err) = left.value.code, capfd.readouterr()
+        *narration, last = err.splitlines() or [""]
+        assert got == code, err
+        assert out == ""
+        assert last.startswith("error: "), err
+        assert "Traceback" not in err
+        assert not last.startswith("error: unexpected")
+        assert not narration or (begun and not any(line.startswith("error") for line in narration)), err
+        assert (_files(tmp_path), _files(engine_home)) == before, "files were left, lost or changed"
+        return last
+
+    return check
+
+
+def _main(program: str) -> Callable[[Sequence[str]], None]:
+    from causal_forcing.build_engines.cli import main as build
+    from causal_forcing.runtime.cli import main as generate
+
+    return {"cf-build": build, "cf-generate": generate}[program]
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return size and time of all files below a folder, but for the locks of builds, which stay."""
+    paths = (path for path in folder.rglob("*") if path.suffix != ".lock" and not path.is_dir())
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}

@@ -1,0 +1,144 @@
+"""Wrong options: one line, nothing begun, and the nearest right word where a name is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+Refuses = Callable[..., str]
+ASK = ("--prompt", "a fox", "--total-blocks", "1")
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        ("cf-generate", ["tinny"], "unknown slug 'tinny': did you mean 'tiny'? valid: causal-forcing"),
+        (
+            "cf-generate",
+            ["causal-forcing-wan2.1-t2v-1.3b-chunkwize"],
+            "did you mean 'causal-forcing-wan2.1-t2v-1.3b-ch",
+        ),
+        ("cf-generate", ["tiny", "--promt", "x"], "no such option --promt: did you mean --prompt? (see --help)"),
+        ("cf-generate", ["tiny", "--total-block", "3"], "no such option --total-block: did you mean --total-blocks?"),
+        ("cf-generate", ["tiny", "--qqqqqq"], "no such option --qqqqqq (see --help)"),
+        ("cf-generate", ["tiny", "tiny"], "extra argument"),
+        ("cf-generate", ["tiny", "--output"], "'--output' requires an argument"),
+        ("cf-build", ["doctr"], "unknown command or slug 'doctr': did you mean 'doctor'?"),
+        ("cf-build", ["tinny"], "did you mean 'tiny'?"),
+        ("cf-build", ["plan", "tinny"], "did you mean 'tiny'?"),
+        (
+            "cf-build",
+            ["plan", "tiny", "--pixel-heigth", "32"],
+            "no such option --pixel-heigth: did you mean --pixel-hei",
+        ),
+        ("cf-build", ["tiny", "--prompt", "x"], "no such option --prompt"),
+        ("cf-build", ["inspect"], "Missing argument 'FOLDER'"),
+    ],
+)
+def test_options_unknown_name_is_answered_with_the_nearest(
+    refuses: Refuses, program: str, arguments: list[str], said: str
+) -> None:
+    assert said in refuses(program, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pixel-height", "40"], "pixel height 40 is not a positive multiple of 16: use --pixel-height 32"),
+        (["--pixel-width", "0"], "pixel width 0 is not a positive multiple of 16: use --pixel-width 16"),
+        (["--pixel-height", "-16"], "pixel height -16 is not a positive multiple of 16"),
+        (["--pixel-height", "100000"], "pixel height 100000 is above 4096"),
+        (["--pixel-height", "tall"], "--pixel-height 'tall' is not valid"),
+        (["--window-frames", "0"], "window_frames 0"),
+        (["--window-frames", "2"], "use --window-frames 3 or more"),
+        (["--sink-frames", "-1"], "sink_frames -1"),
+        (["--precision", "fp8"], "unknown precision 'fp8': did you mean 'fp"),
+        (["--decoder", "taehv"], "unknown decoder 'taehv': valid: wan"),
+        (["--backend", "onnx"], "unknown backend 'onnx': did you mean 'onnxruntime'?"),
+        (["--device", "gpu"], "unknown device 'gpu': did you mean 'cpu'?"),
+        (["--device", "cuda:first"], "unknown device 'cuda:first'"),
+        (["--device", "cpu", "--precision", "bf16"], "backend 'onnxruntime' does not run bf16: use --precision fp32"),
+        (["--random-weights", "1", "--checkpoint", "x.pt"], "--random-weights excludes --checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("program", ["cf-generate", "cf-build"])
+def test_options_of_an_engine_wrong_value_names_it_and_the_fix(
+    refuses: Refuses, program: str, arguments: list[str], said: str
+) -> None:
+    assert said in refuses(program, "tiny", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--total-blocks", "0"], "--total-blocks 0 makes no video: use 1 or more"),
+        (["--total-blocks", "-3"], "--total-blocks -3 makes no video"),
+        (["--total-blocks", "many"], "--total-blocks 'many' is not valid"),
+        (["--endless", "--total-blocks", "3"], "--endless excludes --total-blocks: give one or the other"),
+        (["--fps", "0"], "--fps '0' is not valid: Input should be greater than or equal to 1"),
+        (["--fps", "100000"], "--fps '100000' is not valid: Input should be less than or equal to 240"),
+        (["--seed", "-1"], "--seed -1 is out of range: use a number from 0 to 18446744073709551615"),
+        (["--seed", str(2**64)], f"--seed {2**64} is out of range"),
+        (["--seed", "lucky"], "--seed 'lucky' is not valid"),
+        (["--image-fit", "squeeze"], "unknown image fit 'squeeze': "),
+    ],
+)
+def test_options_of_a_clip_wrong_value_names_it_and_the_fix(refuses: Refuses, arguments: list[str], said: str) -> None:
+    assert said in refuses("cf-generate", "tiny", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "tensorrt"], "backend 'tensorrt' is not part of this release: use --backend onnxruntime or to"),
+        (["--backend", "torch", "--device", "cuda:7"], "needs a CUDA GPU and torch sees none: use --device cpu"),
+    ],
+)
+@pytest.mark.parametrize("program", ["cf-generate", "cf-build"])
+def test_backend_that_cannot_serve_is_an_environment_fault(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, program: str, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert said in refuses(program, "tiny", *arguments, code=3)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "arguments", "said"),
+    [
+        (("torch", "onnxruntime"), [], "no usable backend for cpu: got none of onnxruntime, torch; install one: pip"),
+        (("onnxruntime",), ["--backend", "onnxruntime"], "backend 'onnxruntime' is not installed: pip install onnxrun"),
+    ],
+)
+def test_backend_not_installed_says_what_to_install(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, hidden: tuple[str, ...], arguments: list[str], said: str
+) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in hidden else find_spec(name))
+    assert said in refuses("cf-generate", "tiny", *ASK, *arguments, code=3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [
+        ("4", "torchrun started 4 processes; this release runs on one device: leave out torchrun"),
+        ("several", "WORLD_SIZE is 'several', expected a number of processes: unset WORLD_SIZE"),
+        ("-1", "WORLD_SIZE is '-1'"),
+    ],
+)
+def test_torchrun_is_refused_in_a_line(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch, processes: str, said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert said in refuses("cf-generate", "tiny", *ASK)
+
+
+def test_options_wrong_are_refused_before_torch_is_loaded(refuses: Refuses) -> None:
+    started_s = time.monotonic()
+    refuses("cf-generate", "tiny", "--promt", "x", alone=True)
+    refuses("cf-generate", "tiny", "--pixel-height", "40", alone=True)
+    refuses("cf-build", "tiny", "--backend", "tensorrt", code=3, alone=True)
+    assert time.monotonic() - started_s < 15  # 1 s on an idle machine

@@ -1,0 +1,77 @@
+"""The op alone in an ONNX model, for ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+
+from causal_forcing.plugins.contract import DOMAIN, INPUTS, ONNX_NAME, OUTPUTS, PLUGIN_VERSION
+from causal_forcing.plugins.onnx_function import OPSET, function_body
+
+OneNodeModel = Callable[..., onnx.ModelProto]
+
+_CHUNK, _CACHE = ("B", "N", "L", "D"), ("B", "N", "S", "D")
+_AXES: dict[str, tuple[str, ...]] = {
+    "q": _CHUNK, "k": _CHUNK, "v": _CHUNK, "k_cache": _CACHE, "v_cache": _CACHE, "slots": ("F",), "valid_slots": ("B",),
+    "out": _CHUNK, "k_cache_out": _CACHE, "v_cache_out": _CACHE,
+}  # fmt: skip
+
+
+def make_one_node_model(*, writes: int, scale: float, sizes: dict[str, int] | None = None) -> onnx.ModelProto:
+    """Build a model of one KVCacheAttention node; axes that `sizes` leaves out stay symbolic."""
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        kind = onnx.TensorProto.INT32 if name in ("slots", "valid_slots") else onnx.TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, kind, [(sizes or {}).get(axis, axis) for axis in _AXES[name]])
+
+    node = helper.make_node(
+        ONNX_NAME,
+        INPUTS,
+        OUTPUTS,
+        domain=DOMAIN,
+        scale=scale,
+        plugin_namespace=DOMAIN,
+        plugin_version=PLUGIN_VERSION,
+    )
+    graph = helper.make_graph([node], "one_node", [value(name) for name in INPUTS], [value(name) for name in OUTPUTS])
+    return helper.make_model(
+        graph,
+        functions=[function_body(writes=writes)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=11,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers are no work to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def one_node_model() -> OneNodeModel:
+    return make_one_node_model
+
+
+@pytest.fixture(scope="session")
+def onnx_session() -> Callable[..., onnxruntime.InferenceSession]:
+    """ONNX Runtime sessions of the symbolic model, one for each number of writes and each scale."""
+
+    @functools.cache
+    def session(*, writes: int, scale: float) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        content = make_one_node_model(writes=writes, scale=scale).SerializeToString()
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    return session

@@ -1,0 +1,178 @@
+"""Options, complete configurations, and the fingerprint that an engine is found by."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from causal_forcing import plugins
+from causal_forcing.runtime.config import (
+    EngineConfig,
+    EngineOptions,
+    GenerateConfig,
+    build_command,
+    cache_folder,
+    fingerprint_of,
+    launched_processes,
+    op_digest,
+    package_version,
+)
+from causal_forcing.runtime.errors import UnknownNameError, UsageError
+from causal_forcing.runtime.resolution import resolve_engine
+
+
+@pytest.fixture
+def config() -> EngineConfig:
+    return resolve_engine(EngineOptions(slug="tiny-i2v"), weights="random:0", device="cpu")
+
+
+def changed(value: Any) -> Any:
+    """Return another value of the same kind."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        first = dataclasses.fields(value)[0].name
+        return dataclasses.replace(value, **{first: changed(getattr(value, first))})
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, tuple):
+        return value[:-1] if value else (1,)
+    return "other" if value is None else f"{value}x"
+
+
+def field_paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the path of every field of a tree of configuration objects."""
+    paths = []
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        path = (*prefix, field.name)
+        paths += field_paths(inner, path) if dataclasses.is_dataclass(inner) else [path]
+    return paths
+
+
+def with_change(value: Any, path: tuple[str, ...]) -> Any:
+    name, *rest = path
+    inner = getattr(value, name)
+    new = with_change(inner, tuple(rest)) if rest else changed(inner)
+    copy = object.__new__(type(value))
+    for field in dataclasses.fields(value):
+        object.__setattr__(copy, field.name, new if field.name == name else getattr(value, field.name))
+    return copy
+
+
+def test_fingerprint_of_equal_configurations_is_equal_and_stable(config: EngineConfig) -> None:
+    again = resolve_engine(EngineOptions(slug="tiny-i2v"), weights="random:0", device="cpu")
+    assert config.fingerprint() == again.fingerprint() == fingerprint_of(config.fields())
+    assert len(config.fingerprint()) == 64
+    assert fingerprint_of({"b": [1, 2.5, None], "a": "ü"}) == fingerprint_of({"a": "ü", "b": [1, 2.5, None]})
+
+
+def test_fingerprint_changes_with_every_field_at_every_depth(config: EngineConfig) -> None:
+    paths = field_paths(config)
+    assert ("geometry", "sink_frames") in paths
+    assert ("variant", "model", "dit", "eps") in paths
+    fingerprints = {".".join(path): with_change(config, path).fingerprint() for path in paths}
+    assert config.fingerprint() not in fingerprints.values()
+    assert len(set(fingerprints.values())) == len(paths)
+
+
+def test_folder_of_a_configuration_is_its_slug_and_the_start_of_its_fingerprint(config: EngineConfig) -> None:
+    assert config.folder(Path("/engines")) == Path("/engines/tiny-i2v") / config.fingerprint()[:16]
+
+
+def test_resolved_configuration_carries_the_package_and_the_op(config: EngineConfig) -> None:
+    assert config.package_version == package_version() != ""
+    assert config.op_digest == op_digest() != ""
+    assert config.dtype == "float32"
+
+
+def test_op_digest_changes_with_any_source_of_the_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "plugins"
+    shutil.copytree(Path(plugins.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = op_digest()
+    monkeypatch.setattr(plugins, "__file__", str(folder / "__init__.py"))
+    assert op_digest() == before
+    seen = {before}
+    for path in sorted(folder.rglob("*.py")):
+        path.write_text(path.read_text() + "\n# changed\n")
+        seen.add(op_digest())
+    (folder / "reference.py").rename(folder / "renamed.py")
+    seen.add(op_digest())
+    assert len(seen) == len(list(folder.rglob("*.py"))) + 2
+
+
+def test_build_command_of_defaults_names_slug_backend_and_precision_only(config: EngineConfig) -> None:
+    assert config.build_command() == f"cf-build tiny-i2v --backend {config.backend} --precision fp32"
+
+
+def test_build_command_of_local_files_leaves_room_for_their_paths(config: EngineConfig) -> None:
+    local = dataclasses.replace(config, weights="sha256:0123")
+    assert local.build_command().endswith("--checkpoint FILE --wan-folder FOLDER")
+
+
+@pytest.mark.parametrize("fields", [{}, {"variant": {"slug": "old"}}, {"weights": 3, "geometry": {"pixel_height": 1}}])
+def test_build_command_of_another_schemas_fields_is_still_a_command(fields: dict[str, Any]) -> None:
+    assert build_command(fields).startswith("cf-build ")
+
+
+def test_options_without_any_take_the_variants_shapes() -> None:
+    shapes = EngineOptions(slug="tiny").geometry()
+    assert (shapes.pixel_height, shapes.pixel_width, shapes.window_frames, shapes.sink_frames) == (96, 160, 21, 0)
+
+
+def test_options_that_are_given_override_the_variants_shapes_even_with_0() -> None:
+    options = EngineOptions(slug="tiny", pixel_height=32, pixel_width=48, window_frames=9, sink_frames=3)
+    shapes = options.geometry()
+    assert (shapes.pixel_height, shapes.pixel_width, shapes.window_frames, shapes.sink_frames) == (32, 48, 9, 3)
+    with pytest.raises(UsageError, match="window_frames 0"):
+        EngineOptions(slug="tiny", window_frames=0).geometry()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp23"}, "unknown precision 'fp23': did you mean 'fp32'?.*valid: fp32, bf16, fp16"),
+        ({"decoder": "van"}, "unknown decoder 'van': did you mean 'wan'"),
+    ],
+)
+def test_options_with_an_unknown_name_offer_the_nearest(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        EngineOptions(**options)
+
+
+@pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}])
+def test_options_with_random_weights_and_files_are_refused(files: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--random-weights excludes --checkpoint and --wan-folder"):
+        EngineOptions(random_weights=0, **files)
+
+
+def test_options_with_an_unknown_field_are_refused() -> None:
+    with pytest.raises(TypeError, match="pixel_heigth"):
+        EngineOptions(**{"pixel_heigth": 480})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("total_blocks", [0, -3])
+def test_generate_config_without_blocks_makes_no_video(total_blocks: int) -> None:
+    with pytest.raises(UsageError, match=f"--total-blocks {total_blocks} makes no video: use 1 or more"):
+        GenerateConfig(prompt="a cat", total_blocks=total_blocks)
+
+
+def test_cache_folder_follows_the_environment_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAUSAL_FORCING_HOME", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder() == Path("/a")
+    monkeypatch.setenv("CAUSAL_FORCING_HOME", "")
+    assert cache_folder() == Path("/b/causal-forcing")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "causal-forcing"
+
+
+def test_launched_processes_without_a_launcher_are_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched_processes() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launched_processes() == 4

@@ -1,0 +1,117 @@
+"""Options to an engine: what weights they stand for, and whether an engine fits them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from causal_forcing.runtime.config import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_REVISION,
+    WAN_REPOSITORY,
+    WAN_REVISION,
+    EngineOptions,
+)
+from causal_forcing.runtime.errors import EngineMismatchError, UnknownNameError, UsageError
+from causal_forcing.runtime.manifest import Manifest
+from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
+
+CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
+BUILT = EngineOptions(
+    slug="tiny",
+    backend="torch",
+    precision="fp32",
+    pixel_height=32,
+    pixel_width=48,
+    window_frames=9,
+    sink_frames=3,
+    random_weights=4,
+)
+
+
+def manifest(options: EngineOptions = BUILT) -> Manifest:
+    weights = weights_identity(options)
+    assert weights is not None
+    return Manifest(config=resolve_engine(options, weights=weights, device="cpu"), networks=(), artefacts={}, files={})
+
+
+def test_weights_identity_of_a_test_model_is_seed_0_unless_a_seed_is_given() -> None:
+    assert weights_identity(EngineOptions(slug="tiny")) == "random:0"
+    assert weights_identity(EngineOptions(slug="tiny", random_weights=3)) == "random:3"
+    assert weights_identity(EngineOptions(slug=CHUNKWISE, random_weights=0)) == "random:0"
+
+
+def test_weights_identity_of_a_release_is_both_repositories_at_their_pins() -> None:
+    identity = weights_identity(EngineOptions(slug=CHUNKWISE))
+    assert identity == (
+        f"hub:{CHECKPOINT_REPOSITORY}@{CHECKPOINT_REVISION[:12]}/chunkwise/causal_forcing.pt"
+        f"+{WAN_REPOSITORY}@{WAN_REVISION[:12]}"
+    )
+
+
+@pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}])
+def test_weights_identity_of_the_users_files_is_left_to_the_build(files: dict[str, Any]) -> None:
+    assert weights_identity(EngineOptions(slug=CHUNKWISE, **files)) is None
+
+
+def test_resolve_engine_on_a_cpu_takes_the_first_backend_and_fp32() -> None:
+    config = resolve_engine(EngineOptions(slug="tiny"), weights="random:0", device="cpu")
+    assert (config.backend, config.backend_version, config.precision) == ("onnxruntime", "opset24", "fp32")
+    assert (config.weights, config.decoder, config.variant.slug) == ("random:0", "wan", "tiny")
+
+
+def test_resolve_engine_with_an_unknown_slug_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'tiny-i2v'"):
+        resolve_engine(EngineOptions(slug="tiny-i2w"), weights="random:0", device="cpu")
+
+
+def test_resolve_engine_with_a_precision_the_backend_lacks_is_refused() -> None:
+    options = EngineOptions(slug="tiny", backend="onnxruntime", precision="bf16")
+    with pytest.raises(UsageError, match="backend 'onnxruntime' does not run bf16: use --precision fp32"):
+        resolve_engine(options, weights="random:0", device="cpu")
+
+
+def test_check_fits_with_the_options_it_was_built_from_passes() -> None:
+    check_fits(manifest(), BUILT)
+
+
+def test_check_fits_with_the_slug_alone_passes() -> None:
+    check_fits(manifest(), EngineOptions(slug="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "got"),
+    [
+        ("slug", "tiny-i2v", "tiny"),
+        ("backend", "onnxruntime", "torch"),
+        ("precision", "bf16", "fp32"),
+        ("pixel_height", 48, 32),
+        ("pixel_width", 64, 48),
+        ("window_frames", 12, 9),
+        ("sink_frames", 0, 3),
+    ],
+)
+def test_check_fits_with_another_option_names_it_both_values_and_the_build(field: str, value: Any, got: Any) -> None:
+    options = dataclasses.replace(BUILT, **{field: value})
+    with pytest.raises(EngineMismatchError) as caught:
+        check_fits(manifest(), options)
+    message = str(caught.value)
+    assert caught.value.field == field
+    assert f"{field} is {got}, expected {value}; rebuild it: cf-build {options.slug}" in message
+    if field != "slug":
+        assert f"--{field.replace('_', '-')} {value}" in message
+    assert "\n" not in message
+
+
+def test_check_fits_with_another_seed_names_the_weights() -> None:
+    options = dataclasses.replace(BUILT, random_weights=5)
+    with pytest.raises(EngineMismatchError, match=r"weights is random:4, expected random:5.*--random-weights 5"):
+        check_fits(manifest(), options)
+
+
+def test_default_root_lies_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAUSAL_FORCING_HOME", "/somewhere")
+    assert default_root() == Path("/somewhere/engines")
