@@ -164,13 +164,13 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Examine this machine: what can build and run engines, and what to install."""
-    from causal_forcing.runtime.doctor import report_json, report_rows, run_probes, verdict
+    from causal_forcing.runtime.doctor import TABLE_HEADERS, report_json, report_rows, run_probes, verdict
 
     probes = run_probes(cache_folder())
     if as_json:
         console.print_json(report_json(probes))
     else:
-        console.print_table(("probe", "status", "detail", "fix"), report_rows(probes))
+        console.print_table(TABLE_HEADERS, report_rows(probes))
     if not verdict(probes):
         raise typer.Exit(3)
 
