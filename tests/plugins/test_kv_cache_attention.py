@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from causal_forcing.plugins import reference
+from causal_forcing.plugins.torch_op import kv_cache_attention_functional, kv_cache_attention_in_place
 from causal_forcing.runtime.kv_cache import CacheRing
 from causal_forcing.runtime.spec import Geometry
 
@@ -40,11 +41,11 @@ def run_reference(*tensors: torch.Tensor, geometry: Geometry) -> tuple[torch.Ten
 
 
 def run_in_place(*tensors: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.ops.causal_forcing.kv_cache_attention_(*tensors, SCALE), tensors[3], tensors[4]
+    return kv_cache_attention_in_place(*tensors, SCALE), tensors[3], tensors[4]
 
 
 def run_functional(*tensors: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, k_cache, v_cache = torch.ops.causal_forcing.kv_cache_attention(*tensors, SCALE)
+    out, k_cache, v_cache = kv_cache_attention_functional(*tensors, SCALE)
     return out, k_cache, v_cache
 
 
