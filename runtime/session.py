@@ -53,7 +53,7 @@ class VideoSession:
     """Generates clips with one set of engines, one clip at a time.
 
     Args:
-        engines: From `load_engines`; the session binds its buffers to them.
+        engines: From `load_engines`; the session binds its buffers to them, so they serve one session at a time.
     """
 
     def __init__(self, engines: EngineSet) -> None:

@@ -178,9 +178,9 @@ class Recorder:
         """(input, flow) of every call, in order."""
         self.caches: list[dict[str, torch.Tensor]] = []
         """KV caches after every call."""
-        self._io: Mapping[str, torch.Tensor] = {}
+        self.io_tensors: Mapping[str, torch.Tensor] = {}
+        """The session's buffers."""
         self._step: Engine | None = None
-        self._head_table: torch.Tensor | None = None
 
     def listen(self, engines: EngineSet) -> EngineSet:
         """Return the engine set with its DiT engines wrapped."""
@@ -191,19 +191,17 @@ class Recorder:
         }
         return EngineSet(folder=engines.folder, manifest=engines.manifest, engines=wrapped, device=engines.device)
 
-    def bound(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
-        """Remember the session's buffers."""
-        self._io = io_tensors
-
     def called(self, network: str) -> None:
         """Record a call that has just run."""
-        caches = {name: tensor.clone() for name, tensor in self._io.items() if "_cache_" in name and name[0] in "kv"}
+        caches = {
+            name: tensor.clone() for name, tensor in self.io_tensors.items() if "_cache_" in name and name[0] in "kv"
+        }
         if network == "dit_context":
             self._run_step_like_context()
-        self.calls.append((self._io["latent"].float().clone(), self._io["flow"].float().clone()))
+        self.calls.append((self.io_tensors["latent"].float().clone(), self.io_tensors["flow"].float().clone()))
         self.caches.append(caches)
         for name, tensor in caches.items():
-            self._io[name].copy_(tensor)
+            self.io_tensors[name].copy_(tensor)
 
     def outputs(self, tensors: Mapping[str, torch.Tensor], *, shift: float) -> Outputs:
         """Return flow and x0 of every call under the golden names; timesteps come from the case's inputs."""
@@ -218,9 +216,9 @@ class Recorder:
 
     def _run_step_like_context(self) -> None:
         # The context pass does not set the head's modulation: find the row whose layer modulation is in use.
-        table = self._io["layer_modulation_table"]
-        row = next(i for i in range(table.shape[0]) if torch.equal(table[i], self._io["layer_modulation"]))
-        self._io["head_modulation"].copy_(self._io["head_modulation_table"][row])
+        table = self.io_tensors["layer_modulation_table"]
+        row = next(i for i in range(table.shape[0]) if torch.equal(table[i], self.io_tensors["layer_modulation"]))
+        self.io_tensors["head_modulation"].copy_(self.io_tensors["head_modulation_table"][row])
         assert self._step is not None, "listen comes before any call"
         self._step.enqueue()
 
@@ -235,7 +233,7 @@ class Listener:
     def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.bind`."""
         self._engine.bind(io_tensors)
-        self._recorder.bound(io_tensors)
+        self._recorder.io_tensors = io_tensors
 
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
@@ -368,11 +366,8 @@ def model_spec(roles: Roles, weights: Case, *, text_len: int = 512) -> ModelSpec
 def dit_spec(config: Case) -> DiTSpec:
     """Return the specification of a golden DiT."""
     same = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "eps")
-    return DiTSpec(
-        **{key: config[key] for key in same},
-        latent_channels=config["in_dim"],
-        patch_size=config["patch_size"][1],
-    )
+    sizes = {key: config[key] for key in same}
+    return DiTSpec(**sizes, latent_channels=config["in_dim"], patch_size=config["patch_size"][1])
 
 
 def vae_spec(entry: Case) -> VAESpec:
@@ -391,17 +386,14 @@ def vae_spec(entry: Case) -> VAESpec:
 
 def text_spec(config: Case) -> TextSpec:
     """Return the specification of a golden text encoder."""
-    return TextSpec(
-        vocab_size=config["vocab_size"],
-        dim=config["dim"],
-        attention_dim=config["dim_attn"],
-        ffn_dim=config["dim_ffn"],
-        num_heads=config["num_heads"],
-        num_layers=config["encoder_layers"],
-        num_buckets=config["num_buckets"],
-        max_distance=config["max_dist"],
-        eps=config["eps"],
-    )
+    names = {
+        "attention_dim": "dim_attn",
+        "ffn_dim": "dim_ffn",
+        "num_layers": "encoder_layers",
+        "max_distance": "max_dist",
+    }
+    names |= {same: same for same in ("vocab_size", "dim", "num_heads", "num_buckets", "eps")}
+    return TextSpec(**{ours: config[theirs] for ours, theirs in names.items()})
 
 
 @functools.cache
