@@ -63,6 +63,8 @@ class StateDictMismatchError(CheckpointError):
     def __init__(self, message: str, problems: tuple[str, ...]) -> None:
         super().__init__(message)
         self.problems = problems
+        for problem in problems:
+            self.add_note(problem)  # `--debug` shows them all
 
 
 def read_state_dict(path: Path, *, use_ema: bool | None = None) -> StateDict:
@@ -126,9 +128,10 @@ def verify_state_dict(
     problems = tuple(f"{kind}: {name}" for kind, names in kinds.items() for name in names)
     if problems:
         counts = ", ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names)
+        more = "" if max(map(len, kinds.values())) <= _NAMES_SHOWN else " (all names: --debug)"
         raise StateDictMismatchError(
-            f"{state.source} does not fit {what}: got {len(state.tensors)} tensors for {len(expected)}: {counts}; "
-            "pass the file that belongs to this slug with --checkpoint or --wan-folder",
+            f"{state.source} does not fit {what}: got {len(state.tensors)} tensors for {len(expected)}: "
+            f"{counts}{more}; pass the file that belongs to this slug with --checkpoint or --wan-folder",
             problems,
         )
 

@@ -30,16 +30,7 @@ def kv_cache_attention_in_place(
 
 
 @kv_cache_attention_in_place.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    valid_slots: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def _(q: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(q)
 
 
@@ -62,14 +53,7 @@ def kv_cache_attention_functional(
 
 @kv_cache_attention_functional.register_fake
 def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    valid_slots: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: object
 ) -> CacheAttentionOutputs:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,9 +234,10 @@ def test_verify_state_dict_names_every_difference() -> None:
 
 
 def test_verify_state_dict_message_stays_short_and_problems_complete() -> None:
-    with pytest.raises(StateDictMismatchError, match=r"50 missing \(w0, w1, w2, …\)") as caught:
+    with pytest.raises(StateDictMismatchError, match=r"50 missing \(w0, w1, w2, …\) \(all names: --debug\)") as caught:
         verify_state_dict(state_of({}), {f"w{index}": (1,) for index in range(50)}, what="x")
     assert len(caught.value.problems) == 50
+    assert "missing: w49" in "".join(traceback.format_exception(caught.value))  # what --debug shows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
