@@ -29,7 +29,7 @@ from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.errors import BuildLockedError, OutputError
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files
-from causal_forcing.runtime.schedule import plan_denoising
+from causal_forcing.runtime.schedule import plan_variant
 from causal_forcing.runtime.spec import Variant
 
 ALL_PARTS = ("dit", "vae", "text_encoder")
@@ -120,13 +120,7 @@ def cut_networks(job: BuildJob) -> Iterator[Network]:
     geometry, variant = config.geometry, config.variant
     wanted = network_names(variant, job.parts)
     if "dit" in job.parts:
-        timesteps = plan_denoising(
-            shift=variant.timestep_shift,
-            steps=variant.denoising_steps,
-            first_chunk_steps=variant.first_chunk_denoising_steps,
-            context_timestep=variant.context_timestep,
-            warp=variant.warp_steps,
-        ).timesteps
+        timesteps = plan_variant(variant).timesteps
         yield from dit_networks(job.source.dit(), geometry, precision=config.dtype, timesteps=len(timesteps))
         gc.collect()
     if "vae" in job.parts:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,11 +164,6 @@ def example_inputs(spec: NetworkSpec) -> tuple[torch.Tensor, ...]:
     Nothing reads their values, so they have none: 12 GB of caches at full size stay memory that was never touched.
     """
     return tuple(torch.empty(io.shape, dtype=getattr(torch, io.dtype)) for io in spec.inputs)
-
-
-def find_network(networks: Iterable[Network], name: str) -> Network:
-    """Return the network of a name."""
-    return next(network for network in networks if network.spec.name == name)
 
 
 def _with_carried_states(name: str, source: IOTensor, target: IOTensor, caches: Sequence[IOTensor]) -> NetworkSpec:

@@ -85,8 +85,8 @@ def make_inputs(spec: NetworkSpec, geometry: Geometry, model: ModelSpec, seed: i
             inputs["rope_cos"],
             inputs["rope_sin"],
             frames=geometry.chunk_frames,
-            rows=geometry.latent_height // geometry.patch_size,
-            columns=geometry.latent_width // geometry.patch_size,
+            rows=geometry.token_rows,
+            columns=geometry.token_columns,
         ).place(start)
     if "token_ids" in inputs:
         shape = inputs["token_ids"].shape

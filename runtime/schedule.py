@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from causal_forcing.runtime.spec import Variant
+
 TRAIN_TIMESTEPS = 1000
 
 
@@ -103,7 +105,7 @@ def plan_denoising(
     context_timestep: float,
     warp: bool = True,
 ) -> DenoisingPlan:
-    """Resolve a variant's step lists against the schedule."""
+    """Resolve step lists against the schedule."""
     schedule = FlowMatchSchedule(shift)
     timesteps: list[float] = []
 
@@ -130,6 +132,17 @@ def plan_denoising(
         chunk=chunk,
         context_index=context_index,
         initial_index=initial_index,
+    )
+
+
+def plan_variant(variant: Variant) -> DenoisingPlan:
+    """Resolve a variant's step lists; the build and the session must agree about the rows of the modulation tables."""
+    return plan_denoising(
+        shift=variant.timestep_shift,
+        steps=variant.denoising_steps,
+        first_chunk_steps=variant.first_chunk_denoising_steps,
+        context_timestep=variant.context_timestep,
+        warp=variant.warp_steps,
     )
 
 

@@ -24,7 +24,7 @@ from causal_forcing.runtime.kv_cache import CacheRing
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.noise import NoiseSource, SeededNoise
 from causal_forcing.runtime.rope import RopePhases
-from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_denoising, timestep_embedding
+from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_variant, timestep_embedding
 from causal_forcing.runtime.text import Tokenizer, clean_prompt
 
 
@@ -59,25 +59,19 @@ class VideoSession:
     def __init__(self, engines: EngineSet) -> None:
         self._engines = engines
         self._config = engines.manifest.config
-        geometry, variant = self._config.geometry, self._config.variant
+        geometry = self._config.geometry
         self._io = io = IOTensors((engine.spec for engine in engines.engines.values()), engines.device)
         for engine in engines.engines.values():
             engine.bind(io)
         self._dit_step, self._dit_context = engines.engines["dit_step"], engines.engines["dit_context"]
-        self._plan = plan_denoising(
-            shift=variant.timestep_shift,
-            steps=variant.denoising_steps,
-            first_chunk_steps=variant.first_chunk_denoising_steps,
-            context_timestep=variant.context_timestep,
-            warp=variant.warp_steps,
-        )
+        self._plan = plan_variant(self._config.variant)
         self._ring = CacheRing(geometry)
         self._rope = RopePhases(
             io["rope_cos"],
             io["rope_sin"],
             frames=geometry.chunk_frames,
-            rows=geometry.latent_height // geometry.patch_size,
-            columns=geometry.latent_width // geometry.patch_size,
+            rows=geometry.token_rows,
+            columns=geometry.token_columns,
         )
         latent = io["latent"]
         self._latent = latent.float().clone()

@@ -307,9 +307,19 @@ class Geometry:
         return self.pixel_width // LATENT_STRIDE
 
     @property
+    def token_rows(self) -> int:
+        """Rows of tokens of a latent frame."""
+        return self.latent_height // self.patch_size
+
+    @property
+    def token_columns(self) -> int:
+        """Columns of tokens of a latent frame."""
+        return self.latent_width // self.patch_size
+
+    @property
     def tokens_per_frame(self) -> int:
         """Tokens of one latent frame (upstream `frame_seq_length`): 1560 at 480×832."""
-        return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
+        return self.token_rows * self.token_columns
 
     @property
     def chunk_tokens(self) -> int:

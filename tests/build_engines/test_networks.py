@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networks, network_names
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels
-from causal_forcing.build_engines.networks import Network, example_inputs, find_network
+from causal_forcing.build_engines.networks import Network, example_inputs
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.spec import TINY, VARIANTS, Variant
+
+
+def find_network(networks: Iterable[Network], name: str) -> Network:
+    """Return the network of a name."""
+    return next(network for network in networks if network.spec.name == name)
 
 
 def job(slug: str, *, batch: int = 1, hollow: bool = False, precision: str = "fp32") -> BuildJob:
