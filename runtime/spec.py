@@ -134,6 +134,14 @@ TINY = ModelSpec(
     text=TextSpec(vocab_size=259, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2),
 )
 
+SHAPES = ModelSpec(
+    name="shapes",
+    dit=DiTSpec(dim=192, ffn_dim=640, num_heads=6, num_layers=6, freq_dim=256, text_dim=128, text_len=64),
+    # Its training leaves latents with mean 0 and deviation 1.
+    vae=VAESpec(base_dim=16, num_res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16),
+    text=TextSpec(vocab_size=192, dim=128, attention_dim=128, ffn_dim=256, num_heads=4, num_layers=3),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
