@@ -16,12 +16,13 @@ import typer
 from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.config import EngineOptions, cache_folder, package_version
-from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, UnknownNameError
+from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
 from causal_forcing.runtime.resolution import default_root, resolve_engine, weights_identity
 from causal_forcing.runtime.spec import VARIANTS
 
 if TYPE_CHECKING:
+    from causal_forcing.build_engines.builder import BuildJob
     from causal_forcing.build_engines.planner import BuildPlan
 
 # Commands import what they need when they run: `--help` and `doctor` must not wait for torch.
@@ -52,8 +53,6 @@ def build(
 ) -> None:
     """Build the engine of a slug, unless it is there already, and print its folder."""
     resolve_engine(options, weights="", device=device)  # a wrong option is found before torch is loaded
-    from causal_forcing.build_engines.builder import build as build_engine
-    from causal_forcing.build_engines.builder import network_names
     from causal_forcing.build_engines.planner import make_job
     from causal_forcing.runtime.backends import choose_backend
 
@@ -61,16 +60,8 @@ def build(
     folder = job.config.folder(output or default_root())
     reused = not force and _is_usable(folder)
     if not reused:
-        names = network_names(job.config.variant)
-        backend, reason = choose_backend(options.backend, device)
-        console.narrate(f"building {options.slug} for {backend.name} ({reason}), {job.config.precision}")
-
-        def progress(name: str) -> None:
-            console.narrate(f"[{names.index(name) + 1}/{len(names)}] {name}")
-
-        manifest = build_engine(job, folder, progress=progress)
-        size_bytes = sum(entry.bytes for entry in manifest.files.values())
-        console.narrate(f"built in {manifest.build['seconds']} s, {_size(size_bytes)}")
+        _, reason = choose_backend(options.backend, device)
+        _build(job, folder, reason)
     if as_json:
         console.print_json({"engine": folder, "reused": reused, "fingerprint": job.config.fingerprint()})
     else:
@@ -103,11 +94,22 @@ def verify(
     options: EngineOptions,
     output: Output = None,
     device: Device = "auto",
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Compare what the clips show with the reference engine's: torch, fp32.")
+    ] = False,
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", help="With --quality: how many held-out prompts to make clips of; 48.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compare every engine of a slug with the torch module it was made from, output by output."""
+    if prompts is not None and not quality:
+        raise UsageError("--prompts is for --quality: add it, or leave out --prompts")
     resolve_engine(options, weights="", device=device)
+    if quality:
+        _verify_quality(options, output or default_root(), device, prompts, as_json=as_json)
+        return
     from causal_forcing.build_engines.planner import make_job
     from causal_forcing.build_engines.verification import verify as compare
 
@@ -173,6 +175,68 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         console.print_table(TABLE_HEADERS, report_rows(probes))
     if not verdict(probes):
         raise typer.Exit(3)
+
+
+def _build(job: BuildJob, folder: Path, reason: str) -> None:
+    """Build an engine directory and say how far it is."""
+    from causal_forcing.build_engines.builder import build as build_engine
+    from causal_forcing.build_engines.builder import network_names
+
+    config = job.config
+    names = network_names(config.variant)
+    console.narrate(f"building {config.variant.slug} for {config.backend} ({reason}), {config.precision}")
+
+    def progress(name: str) -> None:
+        console.narrate(f"[{names.index(name) + 1}/{len(names)}] {name}")
+
+    manifest = build_engine(job, folder, progress=progress)
+    size_bytes = sum(entry.bytes for entry in manifest.files.values())
+    console.narrate(f"built in {manifest.build['seconds']} s, {_size(size_bytes)}")
+
+
+def _verify_quality(options: EngineOptions, root: Path, device: str, prompts: int | None, *, as_json: bool) -> None:
+    """Compare what clips show with what the reference engine's show."""
+    from causal_forcing.build_engines.planner import make_job
+    from causal_forcing.build_engines.quality import (
+        check_measurable,
+        choose_cases,
+        compare_quality,
+        reference_options,
+    )
+
+    check_measurable(options)
+    cases = choose_cases(prompts)
+    _require_engine(options, root, device)
+    folder = make_job(options, device=device).config.folder(root)
+    job = make_job(reference_options(options), device=device)
+    reference = job.config.folder(root)
+    if folder == reference:
+        console.narrate("this engine is the reference: its scores are compared with the wanted ones")
+    elif not _is_usable(reference):
+        _build(job, reference, "the reference")
+    report = compare_quality(folder, reference, cases, device=device, progress=console.narrate)
+    if as_json:
+        console.print_json(report)
+    else:
+        engines = [engine for engine in (report.engine, report.reference) if engine is not None]
+        console.print_table(
+            ("engine", "clips", *(name for name, _ in report.engine.scores.items()), "steady fps", "PSNR"),
+            [
+                (
+                    engine.name,
+                    len(cases),
+                    *(f"{share.fraction:.1%}" for _, share in engine.scores.items()),
+                    f"{engine.steady_fps:.1f}",
+                    f"{report.psnr_db:.1f} dB" if engine is report.engine and report.psnr_db is not None else None,
+                )
+                for engine in engines
+            ],
+        )
+    for failure in report.failures:
+        console.narrate(f"not good enough: {failure}")
+    if report.failures:
+        raise typer.Exit(1)
+    console.narrate("good enough")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -87,7 +87,7 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
     """Resolve options and weights into a build job; downloads what is missing.
 
     Raises:
-        WeightsMissingError: Released weights cannot be had.
+        WeightsMissingError: Weights that are not random cannot be had.
         CheckpointError: A weight file is unreadable, unsafe, or another model's.
     """
     weights = weights_identity(options)
@@ -95,7 +95,9 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
         config = resolve_engine(options, weights=weights, device=device)
         seed = int(weights.removeprefix("random:"))
         source = RandomModels(model=config.variant.model, seed=seed, dtype=_dtype(config))
-        return BuildJob(config=config, source=source)
+        # A vocabulary that comes with the package may be smaller than the byte tokenizer's.
+        tokenizer = find_weights(options).tokenizer if config.variant.included_weights else None
+        return BuildJob(config=config, source=source, tokenizer=tokenizer)
     # Resolved once without weights first, so that a wrong option is found before a long download.
     resolve_engine(options, weights="", device=device)
     files = find_weights(options)

@@ -1,4 +1,4 @@
-"""Where released weights come from: the user's files, the hub's cache, or a download at a pinned revision."""
+"""Where weights come from: the user's files, this package, the hub's cache, or a download at a pinned revision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from causal_forcing.build_engines.checkpoint import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
-from causal_forcing.runtime.config import CHECKPOINT_REPOSITORY, CHECKPOINT_REVISION, WAN_REPOSITORY, WAN_REVISION
+from causal_forcing.runtime.config import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_REVISION,
+    DISTRIBUTION,
+    WAN_REPOSITORY,
+    WAN_REVISION,
+)
 from causal_forcing.runtime.errors import WeightsMissingError
 from causal_forcing.runtime.spec import Variant
 
@@ -59,9 +65,9 @@ class _Part:
     revision: str
     filename: str
     given: Path | None
-    """Where it lies if the user's option is right; None where no option covers it."""
+    """Where it lies if the user's option or the installation is right; None where it comes from the hub."""
     root: Path | None
-    """The user's folder, to which `filename` is relative; None where a file or nothing was given."""
+    """The folder to which `filename` is relative; None where a file or nothing was given."""
 
     def local(self) -> Path | None:
         """Return the given file, or its safetensors sibling."""
@@ -87,7 +93,7 @@ class _Part:
 def resolve_weights(
     variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None, allow_download: bool = True
 ) -> WeightFiles:
-    """Find all weights of a variant; what the user gave wins over the hub.
+    """Find all weights of a variant: what the user gave, else what comes with the package, else the hub's files.
 
     Args:
         variant: What is to be built.
@@ -120,6 +126,13 @@ def resolve_weights(
     return WeightFiles(**found)
 
 
+def included_folder(variant: Variant) -> Path | None:
+    """Return the folder of the variant's weights in this package, laid out as the released ones; None without any."""
+    if variant.included_weights is None:
+        return None
+    return Path(__file__).parent / variant.included_weights.partition("@")[0] / "weights"
+
+
 def planned_downloads(variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None) -> list[PlannedDownload]:
     """List what `resolve_weights` would take from the hub, without touching the network.
 
@@ -135,6 +148,8 @@ def planned_downloads(variant: Variant, *, checkpoint: Path | None, wan_folder: 
 
 def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -> dict[str, _Part]:
     """Return the wanted files by the field of `WeightFiles` that they fill."""
+    included = included_folder(variant)
+    checkpoint, wan_folder = checkpoint or included, wan_folder or included
     is_file = checkpoint is not None and checkpoint.suffix in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
     if variant.checkpoint_file is None and (not is_file or wan_folder is None):
         raise WeightsMissingError(
@@ -169,6 +184,8 @@ def _explain(
     variant: Variant, missing: list[_Part], reason: str | None, checkpoint: Path | None, wan_folder: Path | None
 ) -> str:
     """Return one line: what is missing, why, and how to get it."""
+    if variant.included_weights is not None:
+        return _explain_included(variant, missing)
     facts = []
     given = [str(part.given) for part in missing if part.given is not None]
     if given:
@@ -198,6 +215,16 @@ def _explain(
         f"weights of {variant.slug} not found: {'; '.join(facts)}; where there is network run "
         f"`{' && '.join(commands)}`, then pass {' '.join(options)}"
     )
+
+
+def _explain_included(variant: Variant, missing: list[_Part]) -> str:
+    """Return the same for weights that come with the package, of which the hub has none."""
+    paths = [part.given for part in missing if part.given is not None]
+    said = f"weights of {variant.slug} not found: missing {', '.join(map(str, paths))}"
+    if any(part.root == included_folder(variant) for part in missing):
+        return f"{said}; they come with the package: install {DISTRIBUTION} again"
+    options = {"--checkpoint" if part.repo == CHECKPOINT_REPOSITORY else "--wan-folder": None for part in missing}
+    return f"{said}; name existing ones, or leave out {' and '.join(options)} for those that come with the package"
 
 
 def _by_repo(parts: Iterable[_Part]) -> Iterator[tuple[tuple[str, str], list[str]]]:

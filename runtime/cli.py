@@ -16,13 +16,13 @@ from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.clip import ClipRequest, make_clip, recorded_engine
 from causal_forcing.runtime.config import (
-    DEFAULT_PROMPT,
+    DEFAULT_SLUG,
     EngineOptions,
     GenerateConfig,
     launched_processes,
     package_version,
 )
-from causal_forcing.runtime.errors import RecordError, UsageError
+from causal_forcing.runtime.errors import RecordError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import read_manifest
 from causal_forcing.runtime.record import ClipRecord, read_record, record_path, recorded_options
 from causal_forcing.runtime.spec import VARIANTS
@@ -46,6 +46,10 @@ app = typer.Typer(name="cf-generate", add_completion=False)
 def generate(
     options: EngineOptions,
     context: typer.Context,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text of the clip, as --prompt takes it; several words need no SLUG."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Text of the clip, or a file whose first non-empty line is the text.")
     ] = None,
@@ -81,16 +85,17 @@ def generate(
         console.print_line(package_version()) if version else _print_slugs(as_json)
         return
     _refuse_several_processes()
-    given = _given(context)
+    options, text, given = _take_positional(options, text, _given(context))
     if from_record is not None:
         _refuse_options_beside_record(given)
         request, record = _repeat_request(from_record, output, output_dir, device if "device" in given else None)
         _report(_repeat(request, record), as_json)
         return
     options = _check_together(options, given, engine, endless=endless, total_blocks=total_blocks)
+    prompt = text if prompt is None else prompt
     variant, geometry = options.variant(), options.geometry()
     config = GenerateConfig(
-        prompt=DEFAULT_PROMPT if prompt is None else read_prompt(prompt),
+        prompt=variant.default_prompt if prompt is None else read_prompt(prompt),
         seed=seed,
         total_blocks=None if endless else DEFAULT_TOTAL_BLOCKS if total_blocks is None else total_blocks,
         image=image_path,
@@ -123,6 +128,19 @@ def _given(context: typer.Context) -> list[str]:
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
+def _take_positional(
+    options: EngineOptions, text: str | None, given: list[str]
+) -> tuple[EngineOptions, str | None, list[str]]:
+    """Return options, prompt and given names as they are meant: several words alone are a prompt, not a slug."""
+    if options.slug in VARIANTS:
+        return options, text, given
+    if text is None and len(options.slug.split()) != 1:
+        names = ["text" if name == "slug" else name for name in given]
+        return dataclasses.replace(options, slug=DEFAULT_SLUG), options.slug, names
+    advice = "a prompt of one word goes with --prompt" if text is None else ""
+    raise UnknownNameError("slug", options.slug, VARIANTS, advice=advice)
+
+
 def _refuse_options_beside_record(given: list[str]) -> None:
     extra = [_spelling(name) for name in given if name not in GO_WITH_RECORD]
     if extra:
@@ -133,6 +151,8 @@ def _check_together(
     options: EngineOptions, given: list[str], engine: Path | None, *, endless: bool, total_blocks: int | None
 ) -> EngineOptions:
     """Refuse options that exclude each other; an engine that was named says itself of which slug it is."""
+    if "text" in given and "prompt" in given:
+        raise UsageError("PROMPT excludes --prompt: give one or the other")
     if endless and total_blocks is not None:
         raise UsageError("--endless excludes --total-blocks: give one or the other")
     if engine is not None and (options.checkpoint or options.wan_folder):
@@ -143,7 +163,8 @@ def _check_together(
 
 
 def _spelling(name: str) -> str:
-    return "SLUG" if name == "slug" else f"--{name.removesuffix('_slugs').replace('_', '-')}"
+    positional = {"slug": "SLUG", "text": "PROMPT"}
+    return positional.get(name) or f"--{name.removesuffix('_slugs').replace('_', '-')}"
 
 
 def _repeat_request(

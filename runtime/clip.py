@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.clip_writer import ClipWriter
-from causal_forcing.runtime.config import DEFAULT_PROMPT, EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import EngineOptions, GenerateConfig
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,
@@ -80,8 +80,8 @@ def make_clip(request: ClipRequest) -> ClipRecord:
         KeyboardInterrupt: Stopped by the user; the clip so far and its record are whole.
     """
     image = _check(request)
-    if request.generate.prompt == DEFAULT_PROMPT:
-        console.narrate(f"the default prompt: {DEFAULT_PROMPT}")
+    if request.generate.prompt == request.options.variant().default_prompt:
+        console.narrate(f"the default prompt: {request.generate.prompt}")
     folder = request.engine_folder or find_or_build(request.options, request.device)
     started_s = time.perf_counter()
     engines = _load(request, folder)

@@ -30,13 +30,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Precision to element type."""
 
-DEFAULT_SLUG = "tiny"
-"""What runs where no slug is given: the one model whose weights need no download."""
-
-DEFAULT_PROMPT = (
-    "A paper boat drifts down a rain-soaked street at dusk, lantern light rippling in the puddles around it."
-)
-"""Used when no prompt is given."""
+DEFAULT_SLUG = "shapes"
+"""What runs where no slug is given: the trained model that comes with the package."""
 
 IMAGE_FITS = ("stretch", "crop")
 """Ways of bringing an image to the video's shape."""
@@ -164,7 +159,7 @@ class EngineConfig:
     decoder: str
     """Decoder from latents to pixels."""
     weights: str
-    """Identity of the weights: `random:SEED`, pinned hub files, or `sha256:…` of local files."""
+    """Identity of the weights: `random:SEED`, `included:…`, pinned hub files, or `sha256:…` of local files."""
     schema_version: int = SCHEMA_VERSION
     """Layout of the engine directory."""
     package_version: str = ""

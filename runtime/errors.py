@@ -46,13 +46,15 @@ class UnknownNameError(UsageError):
         kind: What was looked up, such as `slug`.
         name: The name that was given.
         known: All valid names.
+        advice: What to do if it was meant as something else.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, advice: str = "") -> None:
         known = list(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}valid: {', '.join(known)}")
+        end = f"; {advice}" if advice else ""
+        super().__init__(f"unknown {kind} {name!r}: {hint}valid: {', '.join(known)}{end}")
 
 
 class PromptError(UsageError):

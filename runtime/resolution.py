@@ -29,8 +29,8 @@ def weights_identity(options: EngineOptions) -> str | None:
     """Return the identity of the weights that the options stand for, without looking at any file.
 
     Returns:
-        `random:SEED`, or `hub:…` at the pinned revisions; None for the user's own files, which only the build can tell
-        by their content.
+        `random:SEED`, `included:…` with the package's pin, or `hub:…` at the pinned revisions; None where any file is
+        the user's own, which only the build can tell by its content.
     """
     variant = options.variant()
     if options.random_weights is not None:
@@ -39,6 +39,8 @@ def weights_identity(options: EngineOptions) -> str | None:
         return None
     if variant.checkpoint_file is None:
         return "random:0"
+    if variant.included_weights is not None:
+        return f"included:{variant.included_weights}"
     return (
         f"hub:{CHECKPOINT_REPOSITORY}@{CHECKPOINT_REVISION[:12]}/{variant.checkpoint_file}"
         f"+{WAN_REPOSITORY}@{WAN_REVISION[:12]}"

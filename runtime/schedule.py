@@ -59,7 +59,7 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
     Source: thu-ml/Causal-Forcing@1fc7bbc wan/modules/model.py sinusoidal_embedding_1d.
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float64) / half
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
     angles = timesteps.to(torch.float64)[:, None] * torch.pow(10000.0, -exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 

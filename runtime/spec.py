@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from causal_forcing.runtime.errors import UnknownNameError, UsageError
 
@@ -168,7 +168,9 @@ class Variant:
     takes_image: bool = False
     """Whether the clip starts from an image (I2V)."""
     checkpoint_file: str | None = None
-    """File in the checkpoint repository; None where weights are random by design."""
+    """File in the checkpoint repository or folder; None where weights are random by design."""
+    included_weights: str | None = None
+    """Weights that come with the package, as `FOLDER@DIGEST`; another digest means other files."""
     use_ema: bool = False
     """Whether `generator_ema` is the set to load (upstream README, `--use_ema`)."""
     pixel_height: int = 480
@@ -181,13 +183,62 @@ class Variant:
     """First latent frames of the clip that never leave the cache (upstream `sink_size`)."""
     fps: int = 16
     """Playback rate."""
+    default_prompt: str = (
+        "A paper boat drifts down a rain-soaked street at dusk, lantern light rippling in the puddles around it."
+    )
+    """Used when no prompt is given."""
 
 
 _FOUR_STEPS = (1000, 750, 500, 250)
 
+_SHAPES = Variant(
+    slug="shapes",
+    summary="moving shapes from text: small, trained, comes with the package; 3 latent frames a chunk, 4 steps",
+    model=SHAPES,
+    chunk_frames=3,
+    checkpoint_file="causal_forcing.safetensors",
+    # The start of a SHA-256 over the files' own, as `weights/provenance.json` lists them; a test holds it to them.
+    included_weights="shapes@5a8ddc18e7d2",
+    pixel_height=128,
+    pixel_width=128,
+    window_frames=9,
+    sink_frames=3,
+    default_prompt="a large red star spins over a checkered background",
+)
+
 VARIANTS: dict[str, Variant] = {
     variant.slug: variant
     for variant in (
+        _SHAPES,
+        replace(
+            _SHAPES,
+            slug="shapes-framewise",
+            summary="the same, 1 latent frame a chunk, 4 steps",
+            chunk_frames=1,
+        ),
+        replace(
+            _SHAPES,
+            slug="shapes-framewise-2step",
+            summary="the same, 1 latent frame a chunk, 2 steps after a 4-step first chunk",
+            chunk_frames=1,
+            denoising_steps=(1000, 500),
+            first_chunk_denoising_steps=_FOUR_STEPS,
+        ),
+        replace(
+            _SHAPES,
+            slug="shapes-framewise-1step",
+            summary="the same, 1 latent frame a chunk, 1 step after a 4-step first chunk",
+            chunk_frames=1,
+            denoising_steps=(1000,),
+            first_chunk_denoising_steps=_FOUR_STEPS,
+        ),
+        replace(
+            _SHAPES,
+            slug="shapes-i2v",
+            summary="moving shapes from an image and text, 1 latent frame a chunk, 4 steps",
+            chunk_frames=1,
+            takes_image=True,
+        ),
         Variant(
             slug="causal-forcing-wan2.1-t2v-1.3b-chunkwise",
             summary="text to video, 3 latent frames a chunk, 4 steps",

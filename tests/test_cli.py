@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from causal_forcing.build_engines.cli import main
+from causal_forcing.runtime.cli import main as generate
 from causal_forcing.runtime.spec import VARIANTS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -55,6 +56,60 @@ def test_generate_list_and_no_instantiate_print_json(run: Run) -> None:
     assert resolved["geometry"]["pixel_height"] == 32
     assert resolved["generate"]["seed"] == 3
     assert resolved["variant"]["slug"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("words", "slug", "prompt"),
+    [
+        (["a red star drifts left"], "shapes", "a red star drifts left"),
+        (["--seed", "3", "a red star"], "shapes", "a red star"),
+        (["tiny", "a red star"], "tiny", "a red star"),
+        (["tiny", "star"], "tiny", "star"),
+        (["--prompt", "star"], "shapes", "star"),
+        (["tiny", "--prompt", "a red star"], "tiny", "a red star"),
+        (["a prompt.txt"], "shapes", "from a file"),
+        (["--seed", "3"], "shapes", VARIANTS["shapes"].default_prompt),
+        (["tiny"], "tiny", VARIANTS["tiny"].default_prompt),
+    ],
+)
+def test_generate_prompt_stands_alone_after_the_slug_or_in_its_option(
+    words: list[str],
+    slug: str,
+    prompt: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a prompt.txt").write_text("from a file\n")
+    with pytest.raises(SystemExit) as left:
+        generate([*words, "--no-instantiate"])
+    resolved = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0
+    assert (resolved["engine"]["slug"], resolved["variant"]["slug"], resolved["generate"]["prompt"]) == (
+        slug,
+        slug,
+        prompt,
+    )
+
+
+def test_generate_lone_prompt_leaves_the_slug_to_the_engine(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate(["--engine", str(tiny_engine), "a red star", "--no-instantiate"])
+    resolved = json.loads(capsys.readouterr().out)
+    assert (resolved["variant"]["slug"], resolved["generate"]["prompt"]) == ("tiny", "a red star")
+
+
+def test_generate_prompt_alone_makes_a_clip_of_the_included_model(run: Run, tmp_path: Path) -> None:
+    small = ("--pixel-height", "32", "--pixel-width", "32", "--backend", "torch", "--precision", "fp32")
+    finished = run("cf-generate", "a red star drifts left", *small, "--total-blocks", "1", "--json", cwd=tmp_path)
+    record = answer(finished)
+    assert (record["output"], record["frames"]) == ("outputs/shapes.mp4", 9)
+    assert record["generate"]["prompt"] == "a red star drifts left"
+    assert record["engine_config"]["weights"] == f"included:{VARIANTS['shapes'].included_weights}"
+    assert "noise" not in finished.stderr
 
 
 def test_build_json_says_what_was_reused(run: Run, tiny_engine: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("build_engines", "runtime", "plugins")
-TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", *FOLDERS, "tests", "benchmarks", "docs"}
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", *FOLDERS, "tests", "benchmarks", "docs", "examples"}
+WEIGHTS = Path("build_engines/shapes/weights")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,15 @@ def test_nothing_makes_the_namespace_a_package() -> None:
     assert not list(ROOT.glob("**/causal_forcing/__init__.py"))
 
 
-def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_packages_the_included_weights_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     expected = {f"causal_forcing/{path.relative_to(ROOT).as_posix()}" for path in sources}
-    assert names == expected | {f"causal_forcing/{name}/py.typed" for name in FOLDERS}
+    expected |= {f"causal_forcing/{name}/py.typed" for name in FOLDERS}
+    provenance = json.loads((ROOT / WEIGHTS / "provenance.json").read_text(encoding="utf-8"))
+    weights = {f"causal_forcing/{WEIGHTS.as_posix()}/{name}" for name in (*provenance["sha256"], "provenance.json")}
+    assert len(weights) == 5
+    assert names == expected | weights
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
@@ -107,6 +112,17 @@ def test_wheel_makes_a_clip_away_from_the_checkout(
     with av.open(tmp_path / record["output"]) as container:
         frames = [(frame.height, frame.width) for frame in container.decode(video=0)]
     assert frames == [(32, 48)] * 21
+
+
+def test_wheel_finds_the_included_weights_away_from_the_checkout(away: Path, tmp_path: Path) -> None:
+    program = """
+from causal_forcing.build_engines.weights import resolve_weights
+from causal_forcing.runtime.spec import find_variant
+print(*resolve_weights(find_variant("shapes"), checkpoint=None, wan_folder=None).paths().values(), sep="\\n")
+"""
+    paths = [Path(line) for line in _run(away / "bin" / "python", "-c", program, cwd=tmp_path).splitlines()]
+    assert len(paths) == 4
+    assert all(path.is_relative_to(away) for path in paths)
 
 
 def test_top_level_holds_what_a_newcomer_expects() -> None:

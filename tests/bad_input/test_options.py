@@ -14,7 +14,10 @@ ASK = ("--prompt", "a fox", "--total-blocks", "1")
 @pytest.mark.parametrize(
     ("program", "arguments", "said"),
     [
-        ("cf-generate", ["tinny"], "unknown slug 'tinny': did you mean 'tiny'? valid: causal-forcing"),
+        ("cf-generate", ["tinny"], "unknown slug 'tinny': did you mean 'tiny'? valid: shapes"),
+        ("cf-generate", ["shape"], "unknown slug 'shape': did you mean 'shapes'? "),
+        ("cf-generate", ["tinny", "a red star"], "unknown slug 'tinny': did you mean 'tiny'? "),
+        ("cf-generate", ["a red star", "tiny"], "unknown slug 'a red star': "),
         (
             "cf-generate",
             ["causal-forcing-wan2.1-t2v-1.3b-chunkwize"],
@@ -23,7 +26,7 @@ ASK = ("--prompt", "a fox", "--total-blocks", "1")
         ("cf-generate", ["tiny", "--promt", "x"], "no such option --promt: did you mean --prompt? (see --help)"),
         ("cf-generate", ["tiny", "--total-block", "3"], "no such option --total-block: did you mean --total-blocks?"),
         ("cf-generate", ["tiny", "--qqqqqq"], "no such option --qqqqqq (see --help)"),
-        ("cf-generate", ["tiny", "tiny"], "extra argument"),
+        ("cf-generate", ["tiny", "tiny", "tiny"], "extra argument"),
         ("cf-generate", ["tiny", "--output"], "'--output' requires an argument"),
         ("cf-build", ["doctr"], "unknown command or slug 'doctr': did you mean 'doctor'?"),
         ("cf-build", ["tinny"], "did you mean 'tiny'?"),
@@ -34,6 +37,7 @@ ASK = ("--prompt", "a fox", "--total-blocks", "1")
             "no such option --pixel-heigth: did you mean --pixel-hei",
         ),
         ("cf-build", ["tiny", "--prompt", "x"], "no such option --prompt"),
+        ("cf-build", ["tiny", "a red star"], "extra argument"),
         ("cf-build", ["inspect"], "Missing argument 'FOLDER'"),
     ],
 )

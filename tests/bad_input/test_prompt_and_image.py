@@ -32,6 +32,26 @@ def test_prompt_unfit_is_refused(refuses: Refuses, tmp_path: Path, prompt: str, 
     assert said in refuses("cf-generate", "tiny", "--prompt", prompt)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["star"], "; a prompt of one word goes with --prompt"),
+        (["tinny"], "; a prompt of one word goes with --prompt"),
+        ([""], "the prompt is empty; describe the video, for example --prompt"),
+        ([" \t"], "the prompt is empty"),
+        (["tiny", ""], "the prompt is empty"),
+        (["tiny", "missing.txt"], "prompt file 'missing.txt' does not exist"),
+        (["tiny", "a red star", "--prompt", "a fox"], "PROMPT excludes --prompt: give one or the other"),
+        (["a red star", "--prompt", "a fox"], "PROMPT excludes --prompt: give one or the other"),
+        (["a red star", "--prompt", ""], "PROMPT excludes --prompt: give one or the other"),
+        (["a red star", "--from-record", "a.json"], "--from-record repeats a clip as it was: leave out PROMPT"),
+        (["tiny", "a red star", "--from-record", "a.json"], "a clip as it was: leave out SLUG, PROMPT"),
+    ],
+)
+def test_prompt_without_its_option_unfit_is_refused(refuses: Refuses, arguments: list[str], said: str) -> None:
+    assert said in refuses("cf-generate", *arguments)
+
+
 def test_prompt_too_long_is_cut_with_a_warning_and_the_clip_is_made(
     run: Run, tiny_engine: Path, tmp_path: Path
 ) -> None:

@@ -148,6 +148,30 @@ def test_weights_of_tiny_half_given_are_refused(refuses: Refuses, arguments: lis
     assert said in refuses("cf-build", "verify", "tiny", *arguments, code=3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--checkpoint", "nothing"], 3, "missing nothing/causal_forcing.safetensors; name existing ones, or leave ou"),
+        (["--checkpoint", "nothing.pt"], 3, "missing nothing.pt; name existing ones, or leave out --checkpoint for th"),
+        (["--wan-folder", "nothing"], 3, "google/umt5-xxl/tokenizer.json; name existing ones, or leave out --wan-fol"),
+        (["--checkpoint", "dit.pt"], 2, "dit.pt does not fit the DiT of shapes: got "),
+    ],
+)
+def test_weights_in_place_of_the_included_ones_unfit_are_refused(
+    refuses: Refuses, weights: Path, arguments: list[str], code: int, said: str
+) -> None:
+    assert said in refuses("cf-build", "shapes", *arguments, code=code)
+
+
+def test_weights_included_missing_is_an_installation_to_repair(
+    refuses: Refuses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("causal_forcing.build_engines.weights.__file__", str(tmp_path / "weights.py"))
+    said = refuses("cf-build", "shapes", code=3)
+    assert f"weights of shapes not found: missing {tmp_path}/shapes/weights/causal_forcing.safetensors, " in said
+    assert said.endswith("they come with the package: install causal-forcing-engine again")
+
+
 def test_weights_of_a_full_size_slug_spoilt_fail_quickly_and_small(refuses: Refuses, weights: Path) -> None:
     said = refuses("cf-build", CHUNKWISE, *GIVEN, alone=True)
     assert f"dit.pt does not fit the DiT of {CHUNKWISE}: got " in said

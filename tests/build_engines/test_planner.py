@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 
 from causal_forcing.build_engines import planner
 from causal_forcing.build_engines.builder import network_names
-from causal_forcing.build_engines.model_loading import RandomModels
+from causal_forcing.build_engines.model_loading import RandomModels, ReleasedModels
 from causal_forcing.build_engines.planner import local_identity, make_job, plan_build
-from causal_forcing.build_engines.weights import WeightFiles
+from causal_forcing.build_engines.weights import WeightFiles, included_folder
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, read_manifest
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity
 from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.text import Tokenizer
 
 BASE = EngineOptions(slug="tiny", backend="torch", precision="fp32", pixel_height=32, pixel_width=48)
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
@@ -144,6 +146,51 @@ def test_plan_of_a_release_needs_no_weights_and_lists_the_downloads(
     # 1.4 thousand million parameters of the denoiser, 2 bytes each; its caches hold 21 frames of 1560 tokens.
     assert plan.networks["dit_step"] == pytest.approx(2.8e9, rel=0.1)
     assert plan.buffer_bytes > 32760 * 1536 * 2 * 2 * 30
+
+
+def test_plan_of_the_included_model_lists_no_downloads_whatever_is_given(tmp_path: Path) -> None:
+    plan = plan_build(EngineOptions(slug="shapes"), tmp_path, device="cpu")
+    assert (plan.reuse, plan.downloads) == (False, [])
+    assert plan.config.weights == f"included:{VARIANTS['shapes'].included_weights}"
+    own = plan_build(EngineOptions(slug="shapes", checkpoint=included_folder(VARIANTS["shapes"])), tmp_path)
+    assert own.downloads == []
+    assert own.config.weights.startswith("sha256:")
+
+
+def test_job_of_the_included_model_reads_its_files() -> None:
+    job = make_job(EngineOptions(slug="shapes"), device="cpu")
+    folder = included_folder(VARIANTS["shapes"])
+    assert folder is not None
+    assert isinstance(job.source, ReleasedModels)
+    assert job.source.files.dit == folder / "causal_forcing.safetensors"
+    assert job.tokenizer == folder / "google/umt5-xxl"
+    assert job.config.weights == f"included:{VARIANTS['shapes'].included_weights}"
+
+
+@pytest.mark.parametrize(
+    ("option", "roles"), [("checkpoint", {"dit"}), ("wan_folder", {"text_encoder", "vae", "tokenizer"})]
+)
+def test_job_of_the_included_model_takes_either_folder_from_elsewhere(
+    option: str, roles: set[str], tmp_path: Path
+) -> None:
+    folder = included_folder(VARIANTS["shapes"])
+    assert folder is not None
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    given: dict[str, Any] = {option: own}
+    job = make_job(EngineOptions(slug="shapes", **given), device="cpu")
+    assert isinstance(job.source, ReleasedModels)
+    assert {role for role, path in job.source.files.paths().items() if path.is_relative_to(own)} == roles
+    assert job.config.weights.startswith("sha256:")
+
+
+def test_job_of_the_included_model_with_random_weights_keeps_its_tokenizer() -> None:
+    job = make_job(EngineOptions(slug="shapes", random_weights=0), device="cpu")
+    assert isinstance(job.source, RandomModels)
+    assert job.config.weights == "random:0"
+    assert job.tokenizer is not None, "the byte tokenizer has more tokens than the model"
+    spec = VARIANTS["shapes"].model
+    tokenizer = Tokenizer(job.tokenizer, length=spec.dit.text_len, pad_id=spec.text.pad_id)
+    assert tokenizer.vocab_size <= spec.text.vocab_size
 
 
 def test_job_of_a_test_model_has_random_weights_of_its_seed() -> None:

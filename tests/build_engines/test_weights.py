@@ -8,18 +8,17 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from causal_forcing.build_engines.weights import planned_downloads, resolve_weights
+from causal_forcing.build_engines import weights
+from causal_forcing.build_engines.weights import included_folder, planned_downloads, resolve_weights
 from causal_forcing.runtime.config import CHECKPOINT_REPOSITORY, CHECKPOINT_REVISION, WAN_REPOSITORY, WAN_REVISION
 from causal_forcing.runtime.errors import WeightsMissingError
 from causal_forcing.runtime.spec import find_variant
 
 CHUNKWISE = find_variant("causal-forcing-wan2.1-t2v-1.3b-chunkwise")
+SHAPES = find_variant("shapes")
 TINY = find_variant("tiny")
 DIT_FILE = "chunkwise/causal_forcing.pt"
 WAN_FILES = ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json")
-
-
-# Seed 1, `bias`, two elements: 0.02 × the first two sums of the Philox stream.
 
 
 class Hub:
@@ -182,6 +181,62 @@ def test_resolve_weights_given_checkpoint_that_is_not_there_is_named(tmp_path: P
 def test_resolve_weights_random_by_design_says_so(hub: Hub) -> None:
     with pytest.raises(WeightsMissingError, match=r"tiny has no released weights.*--random-weights"):
         resolve_weights(TINY, checkpoint=None, wan_folder=None)
+    assert hub.asked == []
+
+
+# --- included with the package --------------------------------------------------------------------------------------
+
+
+def test_included_folder_is_known_for_the_variants_that_have_one() -> None:
+    assert included_folder(SHAPES) == Path(weights.__file__).parent / "shapes" / "weights"
+    assert included_folder(CHUNKWISE) is None
+    assert included_folder(TINY) is None
+
+
+def test_resolve_weights_included_need_no_hub(hub: Hub) -> None:
+    files = resolve_weights(SHAPES, checkpoint=None, wan_folder=None)
+    assert all(path.is_relative_to(included_folder(SHAPES) or "") for path in files.paths().values())
+    assert planned_downloads(SHAPES, checkpoint=None, wan_folder=None) == []
+    assert hub.asked == []
+
+
+def test_resolve_weights_given_paths_win_over_the_included_ones_each_for_itself(hub: Hub, tmp_path: Path) -> None:
+    own = folder_with(tmp_path / "own", "causal_forcing.safetensors", *WAN_FILES)
+    included = resolve_weights(SHAPES, checkpoint=None, wan_folder=None)
+    both = resolve_weights(SHAPES, checkpoint=own, wan_folder=own)
+    assert all(path.is_relative_to(own) for path in both.paths().values())
+    dit_alone = resolve_weights(SHAPES, checkpoint=own / "causal_forcing.safetensors", wan_folder=None)
+    assert (dit_alone.dit, dit_alone.vae) == (both.dit, included.vae)
+    wan_alone = resolve_weights(SHAPES, checkpoint=None, wan_folder=own)
+    assert (wan_alone.dit, wan_alone.vae, wan_alone.tokenizer) == (included.dit, both.vae, both.tokenizer)
+    assert planned_downloads(SHAPES, checkpoint=own, wan_folder=None) == []
+    assert hub.asked == []
+
+
+def test_resolve_weights_gap_in_a_folder_for_the_included_model_names_the_option(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissingError) as caught:
+        resolve_weights(SHAPES, checkpoint=tmp_path, wan_folder=None)
+    assert str(caught.value) == (
+        f"weights of shapes not found: missing {tmp_path / 'causal_forcing.safetensors'}; name existing ones, or leave "
+        "out --checkpoint for those that come with the package"
+    )
+    with pytest.raises(WeightsMissingError, match="or leave out --checkpoint and --wan-folder for those that come"):
+        resolve_weights(SHAPES, checkpoint=tmp_path / "absent.pt", wan_folder=tmp_path)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("checkpoint", [None, Path("absent.pt")])
+def test_resolve_weights_incomplete_installation_says_to_install_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path | None
+) -> None:
+    monkeypatch.setattr(weights, "__file__", str(tmp_path / "weights.py"))
+    folder_with(tmp_path / "shapes" / "weights", "causal_forcing.safetensors", *WAN_FILES[1:])
+    with pytest.raises(WeightsMissingError) as caught:
+        resolve_weights(SHAPES, checkpoint=checkpoint, wan_folder=None)
+    message = str(caught.value)
+    assert str(tmp_path / "shapes" / "weights" / WAN_FILES[0]) in message
+    assert WAN_FILES[1] not in message
+    assert message.endswith("; they come with the package: install causal-forcing-engine again")
     assert hub.asked == []
 
 

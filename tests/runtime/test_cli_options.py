@@ -100,6 +100,8 @@ def test_every_engine_option_can_be_given() -> None:
         EngineOptions(slug="tiny", random_weights=0),
         EngineOptions(slug="tiny-i2v", backend="torch", precision="bf16", pixel_height=32, pixel_width=48),
         EngineOptions(slug="tiny", window_frames=9, sink_frames=3),
+        EngineOptions(slug="shapes-framewise"),
+        EngineOptions(slug="shapes", random_weights=0),
         EngineOptions(slug="causal-forcing-wan2.1-t2v-1.3b-chunkwise"),
         EngineOptions(slug="causal-forcing-wan2.1-t2v-1.3b-framewise", random_weights=0),
     ],

@@ -18,6 +18,7 @@ from causal_forcing.runtime.config import (
 from causal_forcing.runtime.errors import EngineMismatchError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
+from causal_forcing.runtime.spec import VARIANTS
 
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
 BUILT = EngineOptions(
@@ -52,9 +53,28 @@ def test_weights_identity_of_a_release_is_both_repositories_at_their_pins() -> N
     )
 
 
+def test_weights_identity_of_the_included_model_is_its_pin_unless_a_seed_is_given() -> None:
+    assert weights_identity(EngineOptions()) == f"included:{VARIANTS['shapes'].included_weights}"
+    assert weights_identity(EngineOptions(slug="shapes-i2v")) == weights_identity(EngineOptions(slug="shapes"))
+    assert weights_identity(EngineOptions(slug="shapes", random_weights=0)) == "random:0"
+
+
+def test_fingerprint_of_the_included_model_changes_with_its_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint() -> str:
+        weights = weights_identity(EngineOptions(slug="shapes"))
+        assert weights is not None
+        return resolve_engine(EngineOptions(slug="shapes"), weights=weights, device="cpu").fingerprint()
+
+    before = fingerprint()
+    repinned = dataclasses.replace(VARIANTS["shapes"], included_weights="shapes@0123456789ab")
+    monkeypatch.setitem(VARIANTS, "shapes", repinned)
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize("slug", [CHUNKWISE, "shapes"])
 @pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}])
-def test_weights_identity_of_the_users_files_is_left_to_the_build(files: dict[str, Any]) -> None:
-    assert weights_identity(EngineOptions(slug=CHUNKWISE, **files)) is None
+def test_weights_identity_of_the_users_files_is_left_to_the_build(slug: str, files: dict[str, Any]) -> None:
+    assert weights_identity(EngineOptions(slug=slug, **files)) is None
 
 
 def test_resolve_engine_on_a_cpu_takes_the_first_backend_and_fp32() -> None:

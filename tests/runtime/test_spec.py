@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from causal_forcing.runtime.errors import UnknownNameError, UsageError
 from causal_forcing.runtime.spec import (
+    SHAPES,
     TINY,
     VARIANTS,
     WAN21_T2V_1_3B,
@@ -31,6 +32,15 @@ RELEASES = [
     ("t2v-1.3b-framewise-2step", "causal-forcing++/framewise-2step.pt", 1, (1000, 500), FOUR, True, False),
     ("t2v-1.3b-framewise-1step", "causal-forcing++/framewise-1step.pt", 1, (1000,), FOUR, True, False),
     ("i2v-1.3b-framewise", "framewise/causal_forcing.pt", 1, FOUR, None, True, True),
+]
+
+# The same for the model that comes with the package (slug, chunk, steps, first chunk's steps, image).
+INCLUDED = [
+    ("shapes", 3, FOUR, None, False),
+    ("shapes-framewise", 1, FOUR, None, False),
+    ("shapes-framewise-2step", 1, (1000, 500), FOUR, False),
+    ("shapes-framewise-1step", 1, (1000,), FOUR, False),
+    ("shapes-i2v", 1, FOUR, None, True),
 ]
 
 
@@ -58,9 +68,26 @@ def test_variant_of_a_release_has_upstreams_settings(
     assert variant.model is WAN21_T2V_1_3B
 
 
-def test_variants_are_the_releases_and_two_test_models() -> None:
-    releases = {f"causal-forcing-wan2.1-{release[0]}" for release in RELEASES}
-    assert set(VARIANTS) == releases | {"tiny", "tiny-i2v"}
+@pytest.mark.parametrize(("slug", "chunk", "steps", "first_steps", "image"), INCLUDED)
+def test_variant_of_the_included_model_mirrors_the_releases(
+    slug: str, chunk: int, steps: tuple[int, ...], first_steps: tuple[int, ...] | None, image: bool
+) -> None:
+    variant, released = find_variant(slug), find_variant(f"causal-forcing-wan2.1-{RELEASES[0][0]}")
+    assert (variant.chunk_frames, variant.denoising_steps) == (chunk, steps)
+    assert (variant.first_chunk_denoising_steps, variant.use_ema, variant.takes_image) == (first_steps, False, image)
+    for field in ("timestep_shift", "context_timestep", "warp_steps", "fps"):
+        assert getattr(variant, field) == getattr(released, field)
+    assert (variant.pixel_height, variant.pixel_width) == (128, 128)
+    assert (variant.window_frames, variant.sink_frames) == (9, 3)
+    assert (variant.model, variant.checkpoint_file) == (SHAPES, "causal_forcing.safetensors")
+    assert re.fullmatch(r"shapes@[0-9a-f]{12}", variant.included_weights or "")
+
+
+def test_variants_are_the_included_the_releases_and_two_test_models() -> None:
+    included = [row[0] for row in INCLUDED]
+    releases = [f"causal-forcing-wan2.1-{release[0]}" for release in RELEASES]
+    assert list(VARIANTS) == [*included, *releases, "tiny", "tiny-i2v"]
+    assert {slug for slug, variant in VARIANTS.items() if variant.included_weights} == set(included)
     assert all(variant.slug == slug for slug, variant in VARIANTS.items())
     for slug in ("tiny", "tiny-i2v"):
         assert VARIANTS[slug].model is TINY
@@ -156,6 +183,13 @@ def test_network_spec_lists_inputs_before_outputs() -> None:
     a, b = (IOTensor(name=name, shape=(2, 3), dtype="float32") for name in "ab")
     assert list(NetworkSpec(name="n", inputs=(a,), outputs=(b,)).io_tensors()) == [a, b]
     assert a.elements == 6
+
+
+def test_variant_default_prompts_suit_the_model() -> None:
+    prompts = {variant.model.name: variant.default_prompt for variant in VARIANTS.values()}
+    assert prompts["shapes"] == "a large red star spins over a checkered background"
+    assert prompts["tiny"] == prompts["wan2.1-t2v-1.3b"]
+    assert prompts["tiny"].startswith("A paper boat drifts")
 
 
 def test_variant_summaries_are_one_line_each() -> None:

@@ -1,0 +1,133 @@
+"""Scenes as latents and token ids, on the device: what the denoiser is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from train_vae import Codec
+from training import DEVICE
+
+from causal_forcing.build_engines.models.text_encoder import TextEncoder
+from causal_forcing.build_engines.models.vae import WanVAE
+from causal_forcing.build_engines.shapes.captions import write_caption
+from causal_forcing.build_engines.shapes.world import TRAINED_FRAMES, Scene, Tracks, draw_scene, draw_tracks, render
+from causal_forcing.runtime.spec import FRAMES_PER_LATENT
+from causal_forcing.runtime.spec import SHAPES as MODEL
+from causal_forcing.runtime.text import Tokenizer
+
+LATENT_FRAMES = 9
+SINK_FRAMES = 3
+"""Latent frames at the start that stay in the cache of a long clip."""
+
+LATE_SHARE = 0.25
+"""Share of scenes of which a later stretch is seen behind the first frames, as the cache of a long clip holds them."""
+
+LATEST_FRAME = 30
+"""Latent frames that such a stretch lies later, at most."""
+
+ENCODED_TOGETHER = 64
+CAPTIONS = 2
+"""Captions of a scene; each batch takes one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step of training sees."""
+
+    latents: torch.Tensor
+    """[B, 9, C, h, w] fp32."""
+    positions: torch.Tensor
+    """[B, 9] int64: place of each latent frame in its clip."""
+    prompt_embeds: torch.Tensor
+    """[B, text_len, text_dim]."""
+
+
+class Dataset:
+    """Encoded scenes.
+
+    Args:
+        folder: The run's folder, with `vae.pt`, `text.pt` and the tokenizer.
+        scenes: How many scenes.
+        seed: Seed of the scenes.
+    """
+
+    def __init__(self, folder: Path, *, scenes: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.codec = load_codec(folder)
+        self.text = TextEncoder(MODEL.text, max_tokens=MODEL.dit.text_len).to(DEVICE).eval().requires_grad_(False)
+        self.text.load_state_dict(torch.load(folder / "text.pt", map_location=DEVICE, weights_only=True)["encoder"])
+        self._tokenizer = Tokenizer(folder / "tokenizer", length=MODEL.dit.text_len, pad_id=MODEL.text.pad_id)
+        drawn = [draw_scene(rng) for _ in range(scenes)]
+        latents, positions = zip(
+            *(self._encode(rng, drawn[i : i + ENCODED_TOGETHER]) for i in range(0, scenes, ENCODED_TOGETHER)),
+            strict=True,
+        )
+        self.latents, self.positions = torch.cat(latents), torch.cat(positions)
+        tokens = self._tokenizer.encode([write_caption(rng, scene) for _ in range(CAPTIONS) for scene in drawn])
+        self._ids = torch.from_numpy(tokens.token_ids).to(DEVICE).view(CAPTIONS, scenes, -1)
+        self._mask = torch.from_numpy(tokens.token_mask).to(DEVICE).view(CAPTIONS, scenes, -1)
+        empty = self._tokenizer.encode([""])
+        self.no_prompt = self.text(
+            torch.from_numpy(empty.token_ids).to(DEVICE), torch.from_numpy(empty.token_mask).to(DEVICE)
+        )
+
+    def draw(self, size: int) -> Batch:
+        """Draw a batch."""
+        rows = torch.randint(len(self.latents), (size,), device=DEVICE)
+        which = torch.randint(CAPTIONS, (size,), device=DEVICE)
+        with torch.no_grad():
+            embeds = self.text(self._ids[which, rows], self._mask[which, rows])
+        return Batch(latents=self.latents[rows].float(), positions=self.positions[rows], prompt_embeds=embeds)
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return prompt embeddings [B, text_len, text_dim]."""
+        tokens = self._tokenizer.encode(list(prompts))
+        embeds: torch.Tensor = self.text(
+            torch.from_numpy(tokens.token_ids).to(DEVICE), torch.from_numpy(tokens.token_mask).to(DEVICE)
+        )
+        return embeds
+
+    @torch.no_grad()
+    def _encode(self, rng: np.random.Generator, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latents [B, 9, C, h, w] bf16 and positions [B, 9]."""
+        positions = torch.arange(LATENT_FRAMES, device=DEVICE).repeat(len(scenes), 1)
+        gap = int(rng.integers(1, LATEST_FRAME + 1))
+        tracks = draw_tracks(rng, scenes, frames=TRAINED_FRAMES + FRAMES_PER_LATENT * gap)
+        latents = self._latents(_frames(tracks, 0))
+        late = round(LATE_SHARE * len(scenes))
+        if late:
+            later = self._latents(_frames(tracks, FRAMES_PER_LATENT * gap, rows=late))
+            latents[:late, SINK_FRAMES:] = later[:, SINK_FRAMES:]
+            positions[:late, SINK_FRAMES:] += gap
+        return latents.bfloat16(), positions
+
+    def _latents(self, tracks: Tracks) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            return self.codec.encode(2 * render(tracks, device=DEVICE) - 1).float()
+
+
+def load_codec(folder: Path) -> Codec:
+    """Load the trained VAE."""
+    vae = WanVAE(MODEL.vae)
+    vae.load_state_dict(torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)["vae"])
+    return Codec(vae).to(DEVICE).eval().requires_grad_(False)
+
+
+def _frames(tracks: Tracks, start: int, rows: int | None = None) -> Tracks:
+    """Return the trained length of tracks from a frame on, of the first rows."""
+    part = (slice(rows), slice(None), slice(start, start + TRAINED_FRAMES))
+    return Tracks(
+        x=tracks.x[part],
+        y=tracks.y[part],
+        radius=tracks.radius[part],
+        angle=tracks.angle[part],
+        shape=tracks.shape[:rows],
+        colour=tracks.colour[:rows],
+        background=tracks.background[:rows],
+        shade=tracks.shade[:rows],
+    )
