@@ -122,17 +122,8 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> str:
 def plain_caption(scene: Scene) -> str:
     """Say a scene in the first words of the tables: what examples and evaluation use."""
     told = " and ".join(
-        " ".join(
-            word
-            for word in (
-                "a",
-                SIZE_WORDS[thing.size][0],
-                COLOUR_WORDS[thing.colour][0],
-                SHAPE_WORDS[thing.shape][0],
-                _motions(thing)[0][0],
-            )
-            if word
-        )
+        f"{_noun(SIZE_WORDS[thing.size][0], COLOUR_WORDS[thing.colour][0], SHAPE_WORDS[thing.shape][0])} "
+        f"{_motions(thing)[0][0]}"
         for thing in scene.things
     )
     return f"{told} {BACKGROUND_WORDS[scene.background][0]}"
@@ -150,11 +141,14 @@ def vocabulary() -> list[str]:
 
 
 def _object(rng: np.random.Generator, thing: Thing) -> str:
-    words = (
+    return _noun(
         _pick(rng, SIZE_WORDS[thing.size]),
         _pick(rng, COLOUR_WORDS[thing.colour]),
         _pick(rng, SHAPE_WORDS[thing.shape]),
     )
+
+
+def _noun(*words: str) -> str:
     noun = " ".join(word for word in words if word)
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 

@@ -137,14 +137,14 @@ def held_out_cases(count: int | None = None) -> list[Case]:
             thing, size = things[place], list(SIZES)[(place + turn) % len(SIZES)]
             thing = Thing(colour=thing.colour, shape=thing.shape, motion=thing.motion, size=size)
             scenes.append(Scene(things=(thing,), background=BACKGROUNDS[(place + turn) % len(BACKGROUNDS)]))
-    return _tell(rng, scenes, first_seed=1000)[:count]
+    return _tell(scenes[:count], first_seed=1000)
 
 
 def pair_cases(count: int = 24) -> list[Case]:
     """Return prompts with two objects, each of which training saw; hardly any two of them together."""
     rng = np.random.default_rng(2)
     scenes = [draw_scene(rng, pair_probability=1.0) for _ in range(count)]
-    return _tell(rng, scenes, first_seed=2000)
+    return _tell(scenes, first_seed=2000)
 
 
 def draw_clips(cases: Iterable[Case]) -> Iterator[Frames]:
@@ -268,10 +268,11 @@ def steady_fps(clips: Iterable[Clip]) -> float:
     return frames / seconds if seconds else 0.0
 
 
-def _tell(rng: np.random.Generator, scenes: Sequence[Scene], *, first_seed: int) -> list[Case]:
+def _tell(scenes: Sequence[Scene], *, first_seed: int) -> list[Case]:
+    """Put every scene into words of its own."""
     return [
-        Case(scene=scene, prompt=write_caption(rng, scene), seed=first_seed + index)
-        for index, scene in enumerate(scenes)
+        Case(scene=scene, prompt=write_caption(np.random.default_rng((seed, 0)), scene), seed=seed)
+        for seed, scene in enumerate(scenes, first_seed)
     ]
 
 

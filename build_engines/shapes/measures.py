@@ -33,6 +33,9 @@ _MOST = 0.75
 _END_FRAMES = 4
 """Frames of a clip's beginning, or end: what one latent frame holds."""
 
+_TOUCH = 3
+"""Pixels beside another object from which on two objects touch; single ones may be noise."""
+
 _MOVED = 9.0
 _GREW = math.log(1.25)
 _TURNED = math.radians(35)
@@ -62,9 +65,9 @@ class ThingReading:
     motion: str | None
     """Motion of the whole clip."""
     frame_colours: tuple[str | None, ...]
-    """[T], colour of each frame."""
+    """Colour in each frame; where two objects touch, frames are left out."""
     frame_shapes: tuple[str | None, ...]
-    """[T], shape of each frame."""
+    """Shape in each of these frames."""
 
     @property
     def kept(self) -> bool:
@@ -97,22 +100,32 @@ def read_clip(frames: npt.NDArray[np.uint8]) -> Reading:
     solid = solid_hues(hue)
     objects = int(np.bincount(solid.sum(1)).argmax())
     masks: list[Flags] = []
+    when = np.arange(len(frames))
     if objects == 1:
         masks = [hue != NO_HUE]
     elif objects == 2:
         masks = [hue == index for index in sorted(np.argsort(-solid.sum(0), kind="stable")[:2])]
+        apart = _apart(*masks)
+        when = when[apart] if apart.sum() >= 2 * _END_FRAMES else when
     return Reading(
-        things=tuple(_read_thing(trace(pixels, chroma, mask)) for mask in masks),
+        things=tuple(_read_thing(trace(pixels[when], chroma[when], mask[when]), when) for mask in masks),
         background=_majority(_read_backgrounds(pixels.mean(-1), hue != NO_HUE)),
     )
 
 
-def _read_thing(silhouettes: Silhouettes) -> ThingReading:
+def _apart(first: Flags, second: Flags) -> Flags:
+    """Return [T], whether two objects are apart: where they touch, one may hide a part of the other."""
+    near = box_mean(first.astype(np.float32), 5) > 0.5 / 25
+    return np.asarray((near & second).sum((1, 2)) < _TOUCH)
+
+
+def _read_thing(silhouettes: Silhouettes, when: npt.NDArray[np.int64]) -> ThingReading:
+    """Read an object from some frames, [T], and their places in the clip."""
     shape = _majority(silhouettes.shapes)
     return ThingReading(
         colour=_majority(silhouettes.colours),
         shape=shape,
-        motion=_read_motion(silhouettes, shape),
+        motion=_read_motion(silhouettes, when, shape),
         frame_colours=silhouettes.colours,
         frame_shapes=silhouettes.shapes,
     )
@@ -123,13 +136,13 @@ def _majority(names: Sequence[str | None]) -> str | None:
     return name if votes >= _MOST * len(names) else None
 
 
-def _read_motion(silhouettes: Silhouettes, shape: str | None) -> str | None:
+def _read_motion(silhouettes: Silhouettes, when: npt.NDArray[np.int64], shape: str | None) -> str | None:
     """Return what an object does over the whole clip: the one way in which it changes, or `still`."""
     clean = silhouettes.clean
     if clean.sum() < max(_MOST * len(clean), 2 * _END_FRAMES):
         return None
     x, y, radius = (values[clean] for values in (silhouettes.x, silhouettes.y, silhouettes.radius))
-    if np.hypot(np.diff(x), np.diff(y)).max() > _JUMP:
+    if (np.hypot(np.diff(x), np.diff(y)) / np.diff(when[clean])).max() > _JUMP:
         return None
     turn = np.zeros(len(x))
     if shape in CORNERS:

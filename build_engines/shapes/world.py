@@ -125,10 +125,7 @@ def spins_visibly(thing: Thing) -> bool:
 def all_things(*, held_out: bool) -> list[Thing]:
     """Return every (colour, shape, motion) of medium size that is held out, or every one that is not."""
     things = [
-        Thing(colour=colour, shape=shape, motion=motion)
-        for motion in MOTIONS
-        for shape in SHAPES
-        for colour in COLOURS
+        Thing(colour=colour, shape=shape, motion=motion) for motion in MOTIONS for shape in SHAPES for colour in COLOURS
     ]
     return [thing for thing in things if thing.held_out == held_out and spins_visibly(thing)]
 
@@ -193,8 +190,7 @@ def render(tracks: Tracks, *, device: torch.device | str = "cpu") -> torch.Tenso
     canvas = canvas.expand(-1, frames, 3, -1, -1)
     for column in range(tracks.x.shape[1]):
         x, y, radius, angle = (
-            tensor(array[:, column])[..., 0]
-            for array in (tracks.x, tracks.y, tracks.radius, tracks.angle)
+            tensor(array[:, column])[..., 0] for array in (tracks.x, tracks.y, tracks.radius, tracks.angle)
         )
         kind = torch.from_numpy(tracks.shape[:, column]).to(device).reshape(-1, 1, 1, 1)
         distance = _signed_distance(columns - x, rows - y, radius, angle, kind)

@@ -47,7 +47,7 @@ class Batch:
 
 
 class Dataset:
-    """Encoded scenes.
+    """Encoded scenes; the latents are kept in the run's folder for the next stage.
 
     Args:
         folder: The run's folder, with `vae.pt`, `text.pt` and the tokenizer.
@@ -58,38 +58,43 @@ class Dataset:
     def __init__(self, folder: Path, *, scenes: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.codec = load_codec(folder)
-        self.text = TextEncoder(MODEL.text, max_tokens=MODEL.dit.text_len).to(DEVICE).eval().requires_grad_(False)
-        self.text.load_state_dict(torch.load(folder / "text.pt", map_location=DEVICE, weights_only=True)["encoder"])
+        self._text = TextEncoder(MODEL.text, max_tokens=MODEL.dit.text_len).to(DEVICE).eval().requires_grad_(False)
+        self._text.load_state_dict(torch.load(folder / "text.pt", map_location=DEVICE, weights_only=True)["encoder"])
         self._tokenizer = Tokenizer(folder / "tokenizer", length=MODEL.dit.text_len, pad_id=MODEL.text.pad_id)
         drawn = [draw_scene(rng) for _ in range(scenes)]
-        latents, positions = zip(
-            *(self._encode(rng, drawn[i : i + ENCODED_TOGETHER]) for i in range(0, scenes, ENCODED_TOGETHER)),
-            strict=True,
-        )
-        self.latents, self.positions = torch.cat(latents), torch.cat(positions)
+        encoded = folder / f"latents-{scenes}-{seed}.pt"
+        if encoded.exists():
+            self.latents, self.positions = torch.load(encoded, map_location=DEVICE, weights_only=True)
+        else:
+            starts = range(0, scenes, ENCODED_TOGETHER)
+            parts = [self._encode(rng, drawn[start : start + ENCODED_TOGETHER]) for start in starts]
+            self.latents, self.positions = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            torch.save((self.latents, self.positions), encoded)
         tokens = self._tokenizer.encode([write_caption(rng, scene) for _ in range(CAPTIONS) for scene in drawn])
-        self._ids = torch.from_numpy(tokens.token_ids).to(DEVICE).view(CAPTIONS, scenes, -1)
-        self._mask = torch.from_numpy(tokens.token_mask).to(DEVICE).view(CAPTIONS, scenes, -1)
-        empty = self._tokenizer.encode([""])
-        self.no_prompt = self.text(
-            torch.from_numpy(empty.token_ids).to(DEVICE), torch.from_numpy(empty.token_mask).to(DEVICE)
+        ids, mask = torch.from_numpy(tokens.token_ids), torch.from_numpy(tokens.token_mask)
+        self._embeds = torch.cat(
+            [self._embed(*part).bfloat16() for part in zip(ids.split(2048), mask.split(2048), strict=True)]
         )
+        self.no_prompt = self.embed([""])
 
     def draw(self, size: int) -> Batch:
         """Draw a batch."""
         rows = torch.randint(len(self.latents), (size,), device=DEVICE)
-        which = torch.randint(CAPTIONS, (size,), device=DEVICE)
-        with torch.no_grad():
-            embeds = self.text(self._ids[which, rows], self._mask[which, rows])
-        return Batch(latents=self.latents[rows].float(), positions=self.positions[rows], prompt_embeds=embeds)
+        captions = rows + len(self.latents) * torch.randint(CAPTIONS, (size,), device=DEVICE)
+        return Batch(
+            latents=self.latents[rows].float(),
+            positions=self.positions[rows],
+            prompt_embeds=self._embeds[captions].float(),
+        )
 
-    @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return prompt embeddings [B, text_len, text_dim]."""
         tokens = self._tokenizer.encode(list(prompts))
-        embeds: torch.Tensor = self.text(
-            torch.from_numpy(tokens.token_ids).to(DEVICE), torch.from_numpy(tokens.token_mask).to(DEVICE)
-        )
+        return self._embed(torch.from_numpy(tokens.token_ids), torch.from_numpy(tokens.token_mask))
+
+    @torch.no_grad()
+    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        embeds: torch.Tensor = self._text(ids.to(DEVICE), mask.to(DEVICE))
         return embeds
 
     @torch.no_grad()

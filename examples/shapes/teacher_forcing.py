@@ -1,9 +1,8 @@
 """The causal DiT over whole clips, as training needs it: every chunk is denoised behind the clean chunks before it.
 
-A clip goes through twice at once, clean at timestep 0 and noisy. The clean half leaves the keys and values that the
-engine's context passes would leave in the cache; a noisy chunk attends to those of earlier chunks and to itself
-(teacher forcing, Causal-Forcing wan/modules/causal_model.py `_prepare_teacher_forcing_mask`). There is no mask: each
-chunk is one attention over exactly the keys that it sees.
+A clip goes through clean at timestep 0, which leaves the keys and values that the engine's context passes would leave
+in the cache, and noisy: each chunk attends to those of earlier chunks and to itself (teacher forcing, Causal-Forcing
+wan/modules/causal_model.py). There is no mask: each chunk is one attention over exactly the keys that it sees.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from causal_forcing.build_engines.models.dit import CausalDiT, Layer, TimestepMo
 from causal_forcing.runtime.rope import BASE, axis_dims
 from causal_forcing.runtime.schedule import timestep_embedding
 
+Past = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+"""A layer's keys and values, chunk by chunk, each [B, N, L, D]."""
+
 
 class TeacherForcing(nn.Module):
     """Runs a `CausalDiT` over clips.
@@ -30,7 +32,7 @@ class TeacherForcing(nn.Module):
     def __init__(self, dit: CausalDiT, *, compiled: bool = False) -> None:
         super().__init__()
         self.dit = dit
-        self.modulation = TimestepModulation(dit)
+        self.tables = TimestepModulation(dit)
         self._before: Any = torch.compile(before_attention) if compiled else before_attention
         self._after: Any = torch.compile(after_attention) if compiled else after_attention
 
@@ -56,64 +58,91 @@ class TeacherForcing(nn.Module):
         Returns:
             Flow [B, F, C, h, w].
         """
-        dit = self.dit
-        batch, frames, _, height, width = noisy.shape
-        tokens = (height // dit.spec.patch_size) * (width // dit.spec.patch_size)
-        both = torch.cat((noisy, clean))
-        x = dit.embed(both)
-        embedding = timestep_embedding(torch.cat((timesteps, torch.zeros_like(timesteps))).flatten(), dit.spec.freq_dim)
-        layers, head = self.modulation(embedding.float())
-        # [layers, 2B, F, 6, dim]: a row for each frame, spread over its tokens where it is used.
-        layers = layers.view(2 * batch, frames, dit.spec.num_layers, 6, -1).permute(2, 0, 1, 3, 4)
-        cos, sin = rope_phases(
-            positions, height // dit.spec.patch_size, width // dit.spec.patch_size, dit.spec.head_dim
-        )
-        cos, sin = torch.cat((cos, cos)), torch.cat((sin, sin))
-        text = dit.text_embedding(prompt_embeds)
-        for layer, modulation in zip(dit.layers, layers, strict=True):
-            q, k, v = self._before(layer, x, modulation, cos, sin)
-            attention = attend(q, k, v, chunk_frames * tokens)
-            x = self._after(layer, x, attention, modulation, text)
-        patches = dit.head.norm(x[:batch]).unflatten(1, (frames, tokens))
-        shift, scale = head[: batch * frames].view(batch, frames, 2, 1, -1).unbind(2)
-        flow = dit.head.head(patches * (1 + scale) + shift)
-        return dit.unpatchify(flow.flatten(1, 2), noisy)
+        past = self.remember(clean, prompt_embeds, positions, chunk_frames)
+        return self.denoise(noisy, past, timesteps, prompt_embeds, positions, chunk_frames)
+
+    def remember(
+        self, clean: torch.Tensor, prompt_embeds: torch.Tensor, positions: torch.Tensor, chunk_frames: int
+    ) -> list[Past]:
+        """Return each layer's keys and values of clean chunks; arguments as of `forward`."""
+        x, text, rope, tokens = self._enter(clean, prompt_embeds, positions)
+        modulation, _ = self._modulation(torch.zeros_like(positions))
+        past: list[Past] = []
+        for layer, rows in zip(self.dit.layers, modulation, strict=True):
+            q, k, v = self._before(layer, x, rows, *rope)
+            past.append((k.split(chunk_frames * tokens, dim=2), v.split(chunk_frames * tokens, dim=2)))
+            if len(past) < len(self.dit.layers):
+                x = self._after(layer, x, attend(q, *past[-1], past[-1]), rows, text)
+        return past
+
+    def denoise(
+        self,
+        noisy: torch.Tensor,
+        past: list[Past],
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        positions: torch.Tensor,
+        chunk_frames: int,
+    ) -> torch.Tensor:
+        """Return the flow of noisy chunks behind what `remember` gave; the other arguments as of `forward`."""
+        x, text, rope, tokens = self._enter(noisy, prompt_embeds, positions)
+        modulation, head = self._modulation(timesteps)
+        for layer, rows, clean in zip(self.dit.layers, modulation, past, strict=True):
+            q, k, v = self._before(layer, x, rows, *rope)
+            own = k.split(chunk_frames * tokens, dim=2), v.split(chunk_frames * tokens, dim=2)
+            x = self._after(layer, x, attend(q, *own, clean), rows, text)
+        shift, scale = head.unbind(2)
+        patches = self.dit.head.head(modulate(self.dit.head.norm(x), shift, scale))
+        return self.dit.unpatchify(patches, noisy)
+
+    def _enter(
+        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor], int]:
+        """Return tokens [B, F·L, dim], text [B, text_len, dim], RoPE phases, and the tokens of a frame."""
+        spec = self.dit.spec
+        rows, columns = latents.shape[-2] // spec.patch_size, latents.shape[-1] // spec.patch_size
+        rope = rope_phases(positions, rows, columns, spec.head_dim)
+        return self.dit.embed(latents), self.dit.text_embedding(prompt_embeds), rope, rows * columns
+
+    def _modulation(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the modulation of each layer, [layers, B, F, 6, dim], and of the head, [B, F, 2, dim]."""
+        embedding = timestep_embedding(timesteps.flatten(), self.dit.spec.freq_dim)
+        layers, head = self.tables(embedding.float())
+        return layers.unflatten(0, timesteps.shape).permute(2, 0, 1, 3, 4), head.unflatten(0, timesteps.shape)
 
 
 def before_attention(
     layer: Layer, x: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries and keys with their phases, and values, each [2B, N, F·L, D], for x [2B, F·L, dim]."""
-    normed = _modulate(layer.norm1(x), modulation[:, :, 0], modulation[:, :, 1])
+    """Return queries and keys with their phases, and values, each [B, N, F·L, D], for x [B, F·L, dim]."""
+    normed = modulate(layer.norm1(x), modulation[:, :, 0], modulation[:, :, 1])
     q, (k, v) = layer.self_attn.queries(normed), layer.self_attn.keys_values(normed)
     return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-    """Attend from each chunk to the clean chunks before it and to itself; noisy half first, [2B, N, F·L, D]."""
-    batch = len(q) // 2
-    outputs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for start in range(0, q.shape[2], chunk_tokens):
-        own = slice(start, start + chunk_tokens)
-        keys = torch.cat((k[batch:, :, :start], k[:batch, :, own]), dim=2)
-        values = torch.cat((v[batch:, :, :start], v[:batch, :, own]), dim=2)
-        outputs[0].append(F.scaled_dot_product_attention(q[:batch, :, own], keys, values))
-        end = own.stop
-        outputs[1].append(F.scaled_dot_product_attention(q[batch:, :, own], k[batch:, :, :end], v[batch:, :, :end]))
-    return torch.cat([torch.cat(half, dim=2) for half in outputs])
+def attend(
+    q: torch.Tensor, own_k: tuple[torch.Tensor, ...], own_v: tuple[torch.Tensor, ...], past: Past
+) -> torch.Tensor:
+    """Attend from each chunk of q [B, N, F·L, D] to the clean chunks before it and to its own keys and values."""
+    outputs = []
+    for index, queries in enumerate(q.split(own_k[0].shape[2], dim=2)):
+        keys = torch.cat((*past[0][:index], own_k[index]), dim=2)
+        values = torch.cat((*past[1][:index], own_v[index]), dim=2)
+        outputs.append(F.scaled_dot_product_attention(queries, keys, values))
+    return torch.cat(outputs, dim=2)
 
 
 def after_attention(
     layer: Layer, x: torch.Tensor, attention: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """Add self-attention, cross-attention and feed-forward to x [2B, F·L, dim]."""
+    """Add self-attention, cross-attention and feed-forward to x [B, F·L, dim]."""
     _, _, gate, shift, scale, gate_ffn = modulation.unbind(2)
     x = x + _gated(layer.self_attn.o(layer.self_attn.merge_heads(attention)), gate)
     k, v = layer.cross_attn.keys_values(text)
     queries = layer.cross_attn.queries(layer.norm3(x)).to(v.dtype)
-    k, v = torch.cat((k, k)).to(v.dtype), torch.cat((v, v))
-    x = x + layer.cross_attn.o(layer.cross_attn.merge_heads(F.scaled_dot_product_attention(queries, k, v)))
-    return x + _gated(layer.ffn(_modulate(layer.norm2(x), shift, scale)), gate_ffn)
+    attended = F.scaled_dot_product_attention(queries, k.to(v.dtype), v)
+    x = x + layer.cross_attn.o(layer.cross_attn.merge_heads(attended))
+    return x + _gated(layer.ffn(modulate(layer.norm2(x), shift, scale)), gate_ffn)
 
 
 def rope_phases(positions: torch.Tensor, rows: int, columns: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +160,8 @@ def rope_phases(positions: torch.Tensor, rows: int, columns: int, head_dim: int)
     return phases.cos().float(), phases.sin().float()
 
 
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Scale and shift the tokens x [B, F·L, dim] of each frame by its row of [B, F, dim]."""
     frames = x.unflatten(1, (shift.shape[1], -1))
     return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 

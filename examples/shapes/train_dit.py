@@ -1,8 +1,8 @@
 """Train the denoiser of `shapes`, in two stages.
 
 `diffusion`: autoregressive flow matching with teacher forcing; every chunk has its own noise level, shifted by 5.
-`distil`: causal consistency distillation: the student's estimate of the clean chunk must be the same at neighbouring
-noise levels of the teacher's path, which classifier-free guidance sharpens; few steps are enough then.
+`distil`: causal ODE distillation: from the noise levels of a four-step clip straight to where the teacher's path ends,
+which classifier-free guidance has sharpened.
 
     python examples/shapes/train_dit.py diffusion --output runs/shapes --minutes 8
     python examples/shapes/train_dit.py distil --output runs/shapes --minutes 8
@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.shapes.captions import plain_caption
 from causal_forcing.build_engines.shapes.world import BACKGROUNDS, SIZES, Scene, Thing, all_things
-from causal_forcing.runtime.schedule import FlowMatchSchedule
 from causal_forcing.runtime.spec import SHAPES as MODEL
 
 SHIFT = 5.0
@@ -47,13 +45,17 @@ CONTEXT_NOISE = 0.1
 """Largest noise level of the clean half, in half of the clips: a generated past is not perfect either."""
 
 GUIDANCE = 2.5
-LEVELS = 40
-"""Noise levels of the teacher's path."""
+PATH_STEPS = 16
+"""Euler steps of the teacher's path."""
 
-PEAK_LEARNING_RATE = {"diffusion": 2e-3, "distil": 8e-4}
 FOUR_STEPS = (1000, 750, 500, 250)
+UPDATES_PER_PATH = 4
+
+PEAK_LEARNING_RATE = {"diffusion": 2e-3, "distil": 1e-3}
 
 Stage = Literal["diffusion", "distil"]
+Result = TypeVar("Result")
+Place = TypeVar("Place", float, torch.Tensor)
 
 
 def main(
@@ -63,6 +65,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Most optimizer steps.")] = 1_000_000,
     batch: Annotated[int, typer.Option(help="Clips a step.")] = 128,
     scenes: Annotated[int, typer.Option(help="Different scenes to encode first.")] = 24_576,
+    is_captured: Annotated[bool, typer.Option("--graphs/--no-graphs", help="Whether GPU work is replayed.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights, scenes and noise.")] = 0,
 ) -> None:
     """Train, and write `diffusion.pt` or `distil.pt`, curves, and a sheet of clips of held-out prompts."""
@@ -81,28 +84,93 @@ def main(
         dit.load_state_dict(before["average"])
     average = AveragedWeights(dit, decay=0.999 if stage == "diffusion" else 0.995)
     averaged = copy.deepcopy(dit).requires_grad_(False)
-    data = Dataset(output, scenes=scenes, seed=seed + 1 + run.steps_before)
+    data = Dataset(output, scenes=scenes, seed=seed + 1)
     print(f"{scenes} scenes encoded in {run.seconds:.0f} s", flush=True)
     student = TeacherForcing(dit, compiled=DEVICE.type == "cuda")
-    target = TeacherForcing(averaged, compiled=DEVICE.type == "cuda")
     run.preparation_ends()
+    turns = [Turn(chunk_frames, student, teacher, data, batch, is_captured=is_captured) for chunk_frames in CHUNKS]
     while True:
-        chunk_frames = CHUNKS[run.step % len(CHUNKS)]
-        drawn = data.draw(batch)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            if teacher is None:
-                loss = flow_matching_loss(student, drawn, data.no_prompt, chunk_frames)
-            else:
-                average.copy_to(averaged)
-                loss = consistency_loss(student, target, teacher, drawn, data.no_prompt, chunk_frames)
-        norm = optimizer.step(loss, run.learning_rate(PEAK_LEARNING_RATE[stage]))
+        turn = turns[run.step // UPDATES_PER_PATH % len(turns)]
+        if run.step % UPDATES_PER_PATH == 0:
+            turn.prepare()
+        loss = turn.backward()
+        norm = optimizer.step(run.learning_rate(PEAK_LEARNING_RATE[stage]))
         average.update()
-        run.log(**{f"loss_{chunk_frames}": loss.detach()}, gradient=norm, every=51)
+        run.log(**{f"loss_{turn.chunk_frames}": loss.detach()}, gradient=norm, every=52)
         if not run.advance():
             break
     average.copy_to(averaged)
     run.save(average=averaged.state_dict(), seed=seed)
-    draw_sheets(target, data, output / stage, many_steps=stage == "diffusion")
+    draw_sheet(averaged, data, output / f"{stage}.png", is_distilled=stage == "distil")
+
+
+class Turn:
+    """The work of a few steps with one chunk size; replayed on a GPU, where launches take longer than the kernels.
+
+    Args:
+        chunk_frames: Frames denoised together.
+        student: What is trained.
+        teacher: What it is distilled from; None trains on the data itself.
+        data: Where batches come from.
+        batch: Clips.
+        is_captured: Whether the work becomes a graph.
+    """
+
+    def __init__(
+        self,
+        chunk_frames: int,
+        student: TeacherForcing,
+        teacher: TeacherForcing | None,
+        data: Dataset,
+        batch: int,
+        *,
+        is_captured: bool,
+    ) -> None:
+        self.chunk_frames = chunk_frames
+        self._student, self._teacher, self._data, self._batch = student, teacher, data, batch
+        once = replayed if is_captured and DEVICE.type == "cuda" else as_it_is
+        self.prepare = once(self._follow_path) if teacher is not None else lambda: None
+        self.backward = once(self._descend)
+
+    def _follow_path(self) -> None:
+        assert self._teacher is not None, "there is a path where there is a teacher"
+        self._drawn = self._data.draw(self._batch)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"), torch.no_grad():
+            self._path = teacher_path(self._teacher, self._drawn, self._data.no_prompt, self.chunk_frames)
+
+    def _descend(self) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            if self._teacher is None:
+                drawn = self._data.draw(self._batch)
+                loss = flow_matching_loss(self._student, drawn, self._data.no_prompt, self.chunk_frames)
+            else:
+                loss = distillation_loss(self._student, self._drawn, self._path, self.chunk_frames)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+
+def as_it_is(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Return `work`."""
+    return work
+
+
+def replayed(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Return what repeats `work` as a captured graph, with fresh random numbers; results stay in place."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def new_dit(seed: int) -> CausalDiT:
@@ -120,9 +188,9 @@ def new_dit(seed: int) -> CausalDiT:
     return dit
 
 
-def shifted(uniform: torch.Tensor) -> torch.Tensor:
+def shifted(place: Place) -> Place:
     """Return the noise level of a place in the schedule, both in [0, 1]."""
-    return SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    return SHIFT * place / (1 + (SHIFT - 1) * place)
 
 
 def per_chunk(values: torch.Tensor, chunk_frames: int) -> torch.Tensor:
@@ -161,48 +229,42 @@ def flow_matching_loss(
     return (flow.float() - (noise - x0)).square().mean()
 
 
-def consistency_loss(
-    student: TeacherForcing,
-    target: TeacherForcing,
-    teacher: TeacherForcing,
-    batch: Batch,
-    no_prompt: torch.Tensor,
-    chunk_frames: int,
-) -> torch.Tensor:
-    """Return how far the student's clean estimates at neighbouring noise levels of the teacher's path are apart."""
-    x0, positions = batch.latents, batch.positions
-    clean = spoil_context(x0)
-    level = torch.randint(1, LEVELS + 1, (len(x0), LATENT_FRAMES // chunk_frames), device=x0.device)
-    sigma, next_sigma = (per_chunk(shifted(place / LEVELS), chunk_frames) for place in (level, level - 1))
-    noisy = (1 - sigma) * x0 + sigma * torch.randn_like(x0)
-    with torch.no_grad():
-        twice = torch.cat((batch.prompt_embeds, no_prompt.expand_as(batch.prompt_embeds)))
-        flows = teacher(
-            noisy.repeat(2, 1, 1, 1, 1),
-            clean.repeat(2, 1, 1, 1, 1),
-            1000 * sigma.flatten(1).repeat(2, 1),
-            twice,
-            positions.repeat(2, 1),
-            chunk_frames,
-        )
+def teacher_path(teacher: TeacherForcing, batch: Batch, no_prompt: torch.Tensor, chunk_frames: int) -> torch.Tensor:
+    """Follow the guided teacher from noise to latents behind clean chunks.
+
+    Returns:
+        [5, B, F, C, h, w] fp32: where the path is at each of the four steps' noise levels, and its end.
+    """
+    x = torch.randn_like(batch.latents)
+    embeds = torch.cat((batch.prompt_embeds, no_prompt.expand_as(batch.prompt_embeds)))
+    positions = batch.positions.repeat(2, 1)
+    past = teacher.remember(batch.latents.repeat(2, 1, 1, 1, 1), embeds, positions, chunk_frames)
+    seen = []
+    for step in range(PATH_STEPS):
+        if 1000 - 1000 * step // PATH_STEPS in FOUR_STEPS:
+            seen.append(x)
+        sigma, next_sigma = (shifted(1 - place / PATH_STEPS) for place in (step, step + 1))
+        times = torch.full(positions.shape, 1000 * sigma, device=x.device)
+        flows = teacher.denoise(x.repeat(2, 1, 1, 1, 1), past, times, embeds, positions, chunk_frames)
         guided, free = flows.float().chunk(2)
-        flow = free + GUIDANCE * (guided - free)
-        nearer = noisy + (next_sigma - sigma) * flow
-        goal = (
-            nearer
-            - next_sigma
-            * target(nearer, clean, 1000 * next_sigma.flatten(1), batch.prompt_embeds, positions, chunk_frames).float()
-        )
-    estimate = (
-        noisy
-        - sigma * student(noisy, clean, 1000 * sigma.flatten(1), batch.prompt_embeds, positions, chunk_frames).float()
+        x = x + (next_sigma - sigma) * (free + GUIDANCE * (guided - free))
+    return torch.stack((*seen, x))
+
+
+def distillation_loss(student: TeacherForcing, batch: Batch, path: torch.Tensor, chunk_frames: int) -> torch.Tensor:
+    """Return how far the student's estimates are from the path's end, from one of the four steps for each chunk."""
+    end = path[-1]
+    step = torch.randint(len(FOUR_STEPS), (len(end), LATENT_FRAMES // chunk_frames), device=end.device)
+    sigmas = torch.stack([torch.full((), shifted(place / 1000), device=end.device) for place in FOUR_STEPS])
+    which = per_chunk(step, chunk_frames).expand_as(end)
+    noisy = path[:-1].gather(0, which[None])[0]
+    sigma = sigmas[per_chunk(step, chunk_frames)]
+    flow = student(
+        noisy, spoil_context(batch.latents), 1000 * sigma.flatten(1), batch.prompt_embeds, batch.positions, chunk_frames
     )
-    # Pseudo-Huber over each frame: few clips that went another way must not outweigh the rest.
-    error = (estimate - goal).square().mean(dim=(2, 3, 4))
+    # Pseudo-Huber over each frame: the few that went another way must not outweigh the rest.
+    error = (noisy - sigma * flow.float() - end).square().mean(dim=(2, 3, 4))
     return ((error + 1e-4).sqrt() - 1e-2).mean()
-
-
-Denoise = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 @torch.no_grad()
@@ -214,7 +276,7 @@ def sample(
     *,
     no_prompt: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Generate latents [B, 9, C, h, w]: with few steps as the engine does, or, given the empty prompt, along the path.
+    """Generate latents [B, 9, C, h, w]: in few steps as the engine does, or, given the empty prompt, along the path.
 
     Args:
         model: The denoiser.
@@ -223,27 +285,27 @@ def sample(
         steps: Unwarped timesteps.
         no_prompt: The empty prompt's embedding, for guidance; None samples as a distilled model does.
     """
-    channels, size = MODEL.dit.latent_channels, 16
-    clean = torch.zeros(len(embeds), LATENT_FRAMES, channels, size, size, device=DEVICE)
+    latents = torch.randn(len(embeds), LATENT_FRAMES, MODEL.dit.latent_channels, 16, 16, device=DEVICE)
     positions = torch.arange(LATENT_FRAMES, device=DEVICE).repeat(len(embeds), 1)
-    schedule = FlowMatchSchedule(SHIFT)
-    sigmas = [*(schedule.warp(steps) / 1000).tolist(), 0.0]
+    sigmas = [*(shifted(step / 1000) for step in steps), 0.0]
     for start in range(0, LATENT_FRAMES, chunk_frames):
         own = slice(start, start + chunk_frames)
-        x = torch.randn_like(clean[:, own])
+        pasts = [
+            (prompt, model.remember(latents, prompt, positions, chunk_frames))
+            for prompt in (embeds, *(() if no_prompt is None else (no_prompt.expand_as(embeds),)))
+        ]
         for sigma, next_sigma in itertools.pairwise(sigmas):
-            noisy = clean.clone()
-            noisy[:, own] = x
-            times = torch.full((len(embeds), LATENT_FRAMES), 1000 * sigma, device=DEVICE)
-            flow = model(noisy, clean, times, embeds, positions, chunk_frames)[:, own].float()
-            if no_prompt is not None:
-                free = model(noisy, clean, times, no_prompt.expand_as(embeds), positions, chunk_frames)[:, own].float()
-                x = x + (next_sigma - sigma) * (free + GUIDANCE * (flow - free))
+            times = torch.full(positions.shape, 1000 * sigma, device=DEVICE)
+            flow, *free = (
+                model.denoise(latents, past, times, prompt, positions, chunk_frames)[:, own].float()
+                for prompt, past in pasts
+            )
+            x = latents[:, own]
+            if free:
+                latents[:, own] = x + (next_sigma - sigma) * (free[0] + GUIDANCE * (flow - free[0]))
             else:
-                x0 = x - sigma * flow
-                x = (1 - next_sigma) * x0 + next_sigma * torch.randn_like(x0)
-        clean[:, own] = x
-    return clean
+                latents[:, own] = (1 - next_sigma) * (x - sigma * flow) + next_sigma * torch.randn_like(x)
+    return latents
 
 
 def held_out_scenes(count: int) -> list[Scene]:
@@ -260,16 +322,15 @@ def held_out_scenes(count: int) -> list[Scene]:
     ]
 
 
-def draw_sheets(model: TeacherForcing, data: Dataset, path: Path, *, many_steps: bool) -> None:
-    """Write clips of held-out prompts, with chunks of three frames and of one."""
+def draw_sheet(dit: CausalDiT, data: Dataset, path: Path, *, is_distilled: bool) -> None:
+    """Write chunkwise clips of held-out prompts."""
+    model = TeacherForcing(dit)
     embeds = data.embed([plain_caption(scene) for scene in held_out_scenes(12)])
-    steps = tuple(range(1000, 0, -1000 // LEVELS)) if many_steps else FOUR_STEPS
-    for chunk_frames in CHUNKS:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"), torch.inference_mode():
-            latents = sample(model, embeds, chunk_frames, steps, no_prompt=data.no_prompt if many_steps else None)
-            video = data.codec.decode(latents)
-        write_sheet(video, path.with_name(f"{path.name}-{chunk_frames}.png"))
-        assert math.isfinite(float(video.float().abs().max())), "training diverged"
+    steps = FOUR_STEPS if is_distilled else tuple(range(1000, 0, -50))
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"), torch.inference_mode():
+        latents = sample(model, embeds, CHUNKS[0], steps, no_prompt=None if is_distilled else data.no_prompt)
+        video = data.codec.decode(latents)
+    write_sheet(video, path)
 
 
 if __name__ == "__main__":

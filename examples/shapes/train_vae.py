@@ -5,6 +5,7 @@ so that the decoder bears the errors of a denoiser. At the end the statistics ar
 convolution.
 
     python examples/shapes/train_vae.py --output runs/shapes --minutes 3
+    python examples/shapes/train_vae.py --output runs/shapes --minutes 1.5 --decoder-only
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
 from torch import nn
 from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
@@ -22,7 +24,6 @@ from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
 from causal_forcing.build_engines.models.vae import VAEDecoderFirst, VAEEncoder, VAEEncoderFirst, WanVAE
 from causal_forcing.build_engines.shapes.world import (
     FRAME_PIXELS,
-    TRAINED_FRAMES,
     Tracks,
     draw_scene,
     draw_tracks,
@@ -37,8 +38,10 @@ CROP_PIXELS = 64
 CROPPED_SHARE = 0.6
 """Share of the run that sees quarter pictures, four times as many."""
 
-CLIP_FRAMES = 17
-LATENT_NOISE = 0.15
+CLIP_FRAMES = (17, 65, 33)
+"""Lengths of clips, in turn; the longest is more than the decoder looks back, so that longer ones hold nothing new."""
+
+LATENT_NOISE = 0.1
 """Largest deviation of the noise that is added to latents."""
 
 PEAK_LEARNING_RATE = 2e-3
@@ -84,30 +87,41 @@ def main(
     steps: Annotated[int, typer.Option(help="Most optimizer steps.")] = 100_000,
     batch: Annotated[int, typer.Option(help="Whole clips a step.")] = 16,
     is_channels_last: Annotated[bool, typer.Option("--channels-last/--channels-first", help="Layout.")] = True,
+    is_decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Refine the decoder of `vae.pt`.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
 ) -> None:
-    """Train, and write `vae.pt`."""
+    """Train, and write `vae.pt`; go on from it where it is there."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
     rng = np.random.default_rng(seed)
-    tracks = draw_tracks(rng, [draw_scene(rng, pair_probability=0.35) for _ in range(SCENES)])
+    scenes = [draw_scene(rng, pair_probability=0.35) for _ in range(SCENES)]
+    tracks = draw_tracks(rng, scenes, frames=max(CLIP_FRAMES))
+    run = Run(output, "vae", steps=steps, minutes=minutes)
     codec = Codec(WanVAE(MODEL.vae)).to(DEVICE)
+    before = run.resume()
+    if before is not None:
+        codec.vae.load_state_dict(before["vae"])
+    if is_decoder_only:
+        for module in (codec.vae.encoder, codec.vae.conv1):
+            module.requires_grad_(False)
     if is_channels_last:
         lay_channels_last(codec)
     average = AveragedWeights(codec, decay=0.995)
     optimizer = Optimizer(codec, muon=False)
-    run = Run(output, "vae", steps=steps, minutes=minutes)
     while True:
-        cropped = run.progress < CROPPED_SHARE
-        video = draw_batch(rng, tracks, 4 * batch if cropped else batch, CROP_PIXELS if cropped else FRAME_PIXELS)
+        frames = CLIP_FRAMES[run.step % len(CLIP_FRAMES)]
+        size = CROP_PIXELS if run.progress < CROPPED_SHARE else FRAME_PIXELS
+        count = batch * CLIP_FRAMES[0] * FRAME_PIXELS**2 // (frames * size**2)  # as many pixels each time
+        video = draw_batch(rng, tracks, max(1, count), frames, size)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            latents = codec.normalise(codec.encode(video))
+            latents = codec.encode(video) if is_decoder_only else codec.normalise(codec.encode(video))
             deviation = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=DEVICE)
             restored = codec.decode(latents + deviation * torch.randn_like(latents))
         error = restored.float() - video
         absolute, square = error.abs().mean(), error.square().mean()
         rate = run.learning_rate(PEAK_LEARNING_RATE, decay_from=0.4, floor=0.02)
-        norm = optimizer.step(absolute + square, rate)
+        ((error.abs() + error.square()) * importance(video)).mean().backward()
+        norm = optimizer.step(rate)
         average.update()
         run.log(absolute=absolute.detach(), psnr=10 * torch.log10(4 / square.detach()), gradient=norm)
         if not run.advance():
@@ -115,18 +129,19 @@ def main(
     average.copy_to(codec)
     codec.eval()
     with torch.inference_mode():
-        measure_latents(codec, [draw_batch(rng, tracks, batch, FRAME_PIXELS) for _ in range(24)])
-        video = draw_batch(rng, tracks, 8, FRAME_PIXELS)
+        if not is_decoder_only:
+            measure_latents(codec, [draw_batch(rng, tracks, batch, CLIP_FRAMES[0], FRAME_PIXELS) for _ in range(24)])
+        video = draw_batch(rng, tracks, 8, CLIP_FRAMES[1], FRAME_PIXELS)
         restored = codec.decode((codec.encode(video) - codec.shift) / codec.scale)
     write_sheet(torch.cat((video, restored), dim=3), output / "vae.png")
     run.save(vae=folded(codec).state_dict(), seed=seed)
 
 
-def draw_batch(rng: np.random.Generator, tracks: Tracks, count: int, size: int) -> torch.Tensor:
-    """Return video [count, 17, 3, size, size] in [-1, 1]: parts of scenes, in time and space."""
+def draw_batch(rng: np.random.Generator, tracks: Tracks, count: int, length: int, size: int) -> torch.Tensor:
+    """Return video [count, length, 3, size, size] in [-1, 1]: parts of scenes, in time and space."""
     rows = rng.integers(len(tracks.background), size=count)
-    start = int(rng.integers(TRAINED_FRAMES - CLIP_FRAMES + 1))
-    frames = slice(start, start + CLIP_FRAMES)
+    start = int(rng.integers(max(CLIP_FRAMES) - length + 1))
+    frames = slice(start, start + length)
     part = Tracks(
         x=tracks.x[rows][:, :, frames],
         y=tracks.y[rows][:, :, frames],
@@ -140,13 +155,20 @@ def draw_batch(rng: np.random.Generator, tracks: Tracks, count: int, size: int) 
     video = render(part, device=DEVICE)
     if size < FRAME_PIXELS:
         # Cut where an object is: most of a picture is flat.
-        middle = np.stack((part.y[:, 0, CLIP_FRAMES // 2], part.x[:, 0, CLIP_FRAMES // 2]), axis=1)
+        middle = np.stack((part.y[:, 0, length // 2], part.x[:, 0, length // 2]), axis=1)
         corner = middle + rng.uniform(-size * 0.75, size * -0.25, middle.shape)
         corners = np.clip(corner.round().astype(int), 0, FRAME_PIXELS - size)
         video = torch.stack(
             [clip[..., y : y + size, x : x + size] for clip, (y, x) in zip(video, corners.tolist(), strict=True)]
         )
     return 2 * video - 1
+
+
+def importance(video: torch.Tensor) -> torch.Tensor:
+    """Return how much each pixel counts, [B, T, 1, H, W]: objects and their outlines more than a flat background."""
+    coloured = (video.amax(2) - video.amin(2) > 0.2).float()
+    near = F.max_pool2d(coloured, 7, stride=1, padding=3)
+    return 1 + 5 * near[:, :, None]
 
 
 def lay_channels_last(module: nn.Module) -> None:

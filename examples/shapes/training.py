@@ -107,7 +107,7 @@ class AveragedWeights:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay, self._updates = decay, 0
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._parameters = list(module.parameters())
         self.tensors = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
@@ -145,16 +145,14 @@ class Optimizer:
         if matrices:
             self._parts.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
-    def step(self, loss: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """Descend once; returns the gradient's norm before it was clipped to 1."""
-        for part in self._parts:
-            part.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Descend along the gradients, clipped to norm 1, and zero them in place; returns the norm before."""
         norm = nn.utils.clip_grad_norm_(self._all, 1.0)
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
             part.step()
+            part.zero_grad(set_to_none=False)
         return norm
 
 

@@ -152,3 +152,28 @@ def test_engine_cache_that_cannot_be_written_says_what_to_set(
     got = refuses("cf-build", "tiny", *SIZE, "--device", "cpu", code=3, begun=True)
     assert f"cannot write the engine {home}/engines/tiny/" in got
     assert got.endswith("choose another folder with cf-build --output or CAUSAL_FORCING_HOME")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["tiny", "--quality"],
+            "--quality is measured on moving shapes, which tiny does not make: use shapes, s",
+        ),
+        (
+            ["shapes", "--quality", "--pixel-height", "64"],
+            "--quality is measured at 128×128, not at 64×128: leave out",
+        ),
+        (["shapes", "--quality", "--prompts", "0"], "--prompts 0 is out of range: use a number from 1 to 141"),
+        (["shapes", "--quality", "--prompts", "142"], "--prompts 142 is out of range"),
+        (["shapes", "--prompts", "4"], "--prompts is for --quality: add it, or leave out --prompts"),
+    ],
+)
+def test_quality_that_cannot_be_measured_is_refused(refuses: Refuses, arguments: list[str], said: str) -> None:
+    assert said in refuses("cf-build", "verify", *arguments)
+
+
+def test_quality_of_an_engine_not_built_yet_says_how(refuses: Refuses) -> None:
+    got = refuses("cf-build", "verify", "shapes", "--quality", "--random-weights", "9", "--device", "cpu", code=3)
+    assert "build it: cf-build shapes " in got
