@@ -33,8 +33,10 @@ _STRAY = 1.7
 """Radii, of the circle of equal area, beyond which a pixel is none of the object's; a triangle's tip lies at 1.56."""
 _SHARP = {"triangle": 0.75, "square": 0.43, "star": 0.73}
 """Magnitude of the harmonic that a shape's corners make, where its outline is sharp."""
-_ROUND = 0.11
-"""Largest magnitude of any harmonic of a circle, whose pixels alone give up to 0.07."""
+_ROUND = 0.2
+"""Largest magnitude of a harmonic that corners would make, of a circle: just below that of the bluntest square."""
+_OVAL = 0.25
+"""Largest magnitude of a circle's second harmonic: a sixth longer than wide."""
 
 _ACROSS = np.array([(2**-0.5, 6**-0.5), (-(2**-0.5), 6**-0.5), (0, -2 * 6**-0.5)], np.float32)
 """Two axes across the grey axis of RGB, as columns."""
@@ -176,9 +178,9 @@ def _harmonics(
 
 def _shape(magnitudes: dict[int, float], radius: float) -> str | None:
     """Return the shape of an outline by its harmonics; small ones may be blunter."""
+    if max(magnitudes[n] for n in CORNERS.values()) < _ROUND:
+        return "circle" if magnitudes[2] < _OVAL else None
     first, second = sorted(magnitudes, key=lambda n: -magnitudes[n])[:2]
-    if magnitudes[first] < _ROUND:
-        return "circle"
     blunt = 0.5 if radius > 9 else 0.3
     for shape, n in CORNERS.items():
         if n == first and magnitudes[n] > blunt * _SHARP[shape] and magnitudes[second] < 0.5 * magnitudes[n]:

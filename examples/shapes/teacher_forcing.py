@@ -33,8 +33,8 @@ class TeacherForcing(nn.Module):
         super().__init__()
         self.dit = dit
         self.tables = TimestepModulation(dit)
-        self._before: Any = torch.compile(before_attention) if compiled else before_attention
-        self._after: Any = torch.compile(after_attention) if compiled else after_attention
+        self._before: Any = torch.compile(before_attention, dynamic=False) if compiled else before_attention
+        self._after: Any = torch.compile(after_attention, dynamic=False) if compiled else after_attention
 
     def forward(
         self,

@@ -49,7 +49,10 @@ PATH_STEPS = 16
 """Euler steps of the teacher's path."""
 
 FOUR_STEPS = (1000, 750, 500, 250)
-UPDATES_PER_PATH = 4
+UPDATES_PER_PATH = 6
+
+EVEN_SHARE = 0.3
+"""Share of noise levels that are drawn evenly, not shifted: outlines are a matter of the low ones."""
 
 PEAK_LEARNING_RATE = {"diffusion": 2e-3, "distil": 1e-3}
 
@@ -217,7 +220,8 @@ def flow_matching_loss(
     """Return the mean square error of the flow, noise minus latent, at a random noise level for each chunk."""
     x0 = batch.latents
     noise = torch.randn_like(x0)
-    sigma = per_chunk(shifted(torch.rand(len(x0), LATENT_FRAMES // chunk_frames, device=x0.device)), chunk_frames)
+    place, choice = torch.rand(2, len(x0), LATENT_FRAMES // chunk_frames, device=x0.device)
+    sigma = per_chunk(torch.where(choice < EVEN_SHARE, place, shifted(place)), chunk_frames)
     flow = student(
         (1 - sigma) * x0 + sigma * noise,
         spoil_context(x0),
@@ -252,18 +256,24 @@ def teacher_path(teacher: TeacherForcing, batch: Batch, no_prompt: torch.Tensor,
 
 
 def distillation_loss(student: TeacherForcing, batch: Batch, path: torch.Tensor, chunk_frames: int) -> torch.Tensor:
-    """Return how far the student's estimates are from the path's end, from one of the four steps for each chunk."""
-    end = path[-1]
-    step = torch.randint(len(FOUR_STEPS), (len(end), LATENT_FRAMES // chunk_frames), device=end.device)
-    sigmas = torch.stack([torch.full((), shifted(place / 1000), device=end.device) for place in FOUR_STEPS])
-    which = per_chunk(step, chunk_frames).expand_as(end)
-    noisy = path[:-1].gather(0, which[None])[0]
-    sigma = sigmas[per_chunk(step, chunk_frames)]
+    """Return how far the student's estimates are off, from one of the four steps for each chunk.
+
+    From the first three steps it shall come to where the teacher's path ends; from the last one, at which little is
+    open any more, to the clip itself, of which the teacher is only a copy.
+    """
+    latents, last = batch.latents, len(FOUR_STEPS) - 1
+    step = torch.randint(last + 1, (len(latents), LATENT_FRAMES // chunk_frames), device=latents.device)
+    step = per_chunk(step, chunk_frames)
+    sigmas = torch.stack([torch.full((), shifted(place / 1000), device=latents.device) for place in FOUR_STEPS])
+    sigma = sigmas[step]
+    on_path = path[:-1].gather(0, step.expand_as(latents)[None])[0]
+    noisy = torch.where(step == last, (1 - sigma) * latents + sigma * torch.randn_like(latents), on_path)
+    goal = torch.where(step == last, latents, path[-1])
     flow = student(
-        noisy, spoil_context(batch.latents), 1000 * sigma.flatten(1), batch.prompt_embeds, batch.positions, chunk_frames
+        noisy, spoil_context(latents), 1000 * sigma.flatten(1), batch.prompt_embeds, batch.positions, chunk_frames
     )
     # Pseudo-Huber over each frame: the few that went another way must not outweigh the rest.
-    error = (noisy - sigma * flow.float() - end).square().mean(dim=(2, 3, 4))
+    error = (noisy - sigma * flow.float() - goal).square().mean(dim=(2, 3, 4))
     return ((error + 1e-4).sqrt() - 1e-2).mean()
 
 

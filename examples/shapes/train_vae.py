@@ -41,7 +41,7 @@ CROPPED_SHARE = 0.6
 CLIP_FRAMES = (17, 65, 33)
 """Lengths of clips, in turn; the longest is more than the decoder looks back, so that longer ones hold nothing new."""
 
-LATENT_NOISE = 0.1
+LATENT_NOISE = 0.2
 """Largest deviation of the noise that is added to latents."""
 
 PEAK_LEARNING_RATE = 2e-3
@@ -165,10 +165,16 @@ def draw_batch(rng: np.random.Generator, tracks: Tracks, count: int, length: int
 
 
 def importance(video: torch.Tensor) -> torch.Tensor:
-    """Return how much each pixel counts, [B, T, 1, H, W]: objects and their outlines more than a flat background."""
+    """Return how much each pixel counts, [B, T, 1, H, W].
+
+    Objects and their outlines count more than a flat background, and the clip's first frame more than others: it alone
+    has a latent frame of its own, and all others follow from it.
+    """
     coloured = (video.amax(2) - video.amin(2) > 0.2).float()
     near = F.max_pool2d(coloured, 7, stride=1, padding=3)
-    return 1 + 5 * near[:, :, None]
+    weight = 1 + 5 * near[:, :, None]
+    weight[:, 0] *= 3
+    return weight
 
 
 def lay_channels_last(module: nn.Module) -> None:
