@@ -30,6 +30,8 @@ from causal_forcing.build_engines.shapes.world import DIRECTIONS, FRAME_PIXELS
 
 _MOST = 0.75
 """Share of a clip's frames that must agree on what the clip shows."""
+_LEGIBLE = 1 / 3
+"""Share of a clip's frames in which the outline must be one of the world's: motion may blur the others."""
 _END_FRAMES = 4
 """Frames of a clip's beginning, or end: what one latent frame holds."""
 
@@ -61,7 +63,7 @@ class ThingReading:
     colour: str | None
     """Colour of most frames."""
     shape: str | None
-    """Shape of most frames."""
+    """Shape of most frames that show any."""
     motion: str | None
     """Motion of the whole clip."""
     frame_colours: tuple[str | None, ...]
@@ -71,12 +73,16 @@ class ThingReading:
 
     @property
     def kept(self) -> bool:
-        """Whether the object has one colour and one shape from the first frame to the last."""
+        """Whether the object has one colour and one shape, from its first frames to its last."""
         if self.colour is None or self.shape is None:
             return False
-        same = [pair == (self.colour, self.shape) for pair in zip(self.frame_colours, self.frame_shapes, strict=True)]
-        ends = (same[:_END_FRAMES], same[-_END_FRAMES:])
-        return all(sum(end) >= _MOST * len(end) for end in ends) and sum(same) >= 0.9 * len(same)
+        for part in (slice(None), slice(_END_FRAMES), slice(-_END_FRAMES, None)):
+            colours, outlines = self.frame_colours[part], [shape for shape in self.frame_shapes[part] if shape]
+            if colours.count(self.colour) < _MOST * len(colours):
+                return False
+            if not outlines or outlines.count(self.shape) < _MOST * len(outlines):
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +127,8 @@ def _apart(first: Flags, second: Flags) -> Flags:
 
 def _read_thing(silhouettes: Silhouettes, when: npt.NDArray[np.int64]) -> ThingReading:
     """Read an object from some frames, [T], and their places in the clip."""
-    shape = _majority(silhouettes.shapes)
+    legible = [shape for shape in silhouettes.shapes if shape]
+    shape = _majority(legible) if len(legible) >= _LEGIBLE * len(when) else None
     return ThingReading(
         colour=_majority(silhouettes.colours),
         shape=shape,
@@ -132,6 +139,7 @@ def _read_thing(silhouettes: Silhouettes, when: npt.NDArray[np.int64]) -> ThingR
 
 
 def _majority(names: Sequence[str | None]) -> str | None:
+    """Return the name that most agree on, None among them."""
     name, votes = Counter(names).most_common(1)[0]
     return name if votes >= _MOST * len(names) else None
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import numpy as np
 import torch
 import typer
 from dataset import LATENT_FRAMES, Batch, Dataset
@@ -30,8 +29,7 @@ from torch import nn
 from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
 
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.shapes.captions import plain_caption
-from causal_forcing.build_engines.shapes.world import BACKGROUNDS, SIZES, Scene, Thing, all_things
+from causal_forcing.build_engines.shapes.evaluation import held_out_cases
 from causal_forcing.runtime.spec import SHAPES as MODEL
 
 SHIFT = 5.0
@@ -148,7 +146,7 @@ class Turn:
                 loss = flow_matching_loss(self._student, drawn, self._data.no_prompt, self.chunk_frames)
             else:
                 loss = distillation_loss(self._student, self._drawn, self._path, self.chunk_frames)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
 
@@ -318,24 +316,10 @@ def sample(
     return latents
 
 
-def held_out_scenes(count: int) -> list[Scene]:
-    """Return scenes that training never shows."""
-    rng = np.random.default_rng(7)
-    things = all_things(held_out=True)
-    rng.shuffle(things)  # type: ignore[arg-type]
-    return [
-        Scene(
-            things=(Thing(colour=t.colour, shape=t.shape, motion=t.motion, size=list(SIZES)[index % 3]),),
-            background=BACKGROUNDS[index % 4],
-        )
-        for index, t in enumerate(things[:count])
-    ]
-
-
 def draw_sheet(dit: CausalDiT, data: Dataset, path: Path, *, is_distilled: bool) -> None:
     """Write chunkwise clips of held-out prompts."""
     model = TeacherForcing(dit)
-    embeds = data.embed([plain_caption(scene) for scene in held_out_scenes(12)])
+    embeds = data.embed([case.prompt for case in held_out_cases(12)])
     steps = FOUR_STEPS if is_distilled else tuple(range(1000, 0, -50))
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"), torch.inference_mode():
         latents = sample(model, embeds, CHUNKS[0], steps, no_prompt=None if is_distilled else data.no_prompt)

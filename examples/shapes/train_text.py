@@ -8,8 +8,8 @@ denoiser's cross-attention does. A few minutes on two CPU cores.
 
 from __future__ import annotations
 
-import json
-import time
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import typer
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import nn
+from training import Run
 
 from causal_forcing.build_engines.models.text_encoder import TextEncoder
 from causal_forcing.build_engines.shapes.captions import vocabulary, write_caption
@@ -105,34 +106,33 @@ def main(
     parameters = [*encoder.parameters(), *probes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    started_s = time.monotonic()
-    with (output / "text.jsonl").open("w", encoding="utf-8") as log:
-        for step in range(steps):
-            scenes = [draw_scene(rng, pair_probability=0.4) for _ in range(BATCH)]
-            tokens = tokenizer.encode([write_caption(rng, scene) for scene in scenes])
-            ids, mask = torch.from_numpy(tokens.token_ids), torch.from_numpy(tokens.token_mask)
-            longest = int(mask.sum(1).max())
-            ids, mask = ids[:, :longest], mask[:, :longest]
-            ids = torch.where((torch.rand(ids.shape) < UNKNOWN_WORDS) & (ids > 2), 2, ids)
-            logits = probes(encoder(ids, mask), mask)
-            wanted = torch.tensor([answers(scene) for scene in scenes])
-            losses = [F.cross_entropy(logit, wanted[:, index]) for index, logit in enumerate(logits)]
-            loss = torch.stack(losses).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 20 == 0 or step == steps - 1:
-                right = [float((logit.argmax(-1) == wanted[:, i]).float().mean()) for i, logit in enumerate(logits)]
-                entry = {"step": step, "loss": loss.item(), "accuracy": float(np.mean(right)), "worst": min(right)}
-                log.write(json.dumps(entry) + "\n")
-                if step % 100 == 0 or step == steps - 1:
-                    typer.echo(f"step {step} loss {loss:.4f} accuracy {np.mean(right):.4f} worst {min(right):.4f}")
+    run = Run(output, "text", steps=steps, minutes=math.inf)
+    while True:
+        scenes = [draw_scene(rng, pair_probability=0.4) for _ in range(BATCH)]
+        tokens = tokenizer.encode([write_caption(rng, scene) for scene in scenes])
+        ids, mask = torch.from_numpy(tokens.token_ids), torch.from_numpy(tokens.token_mask)
+        longest = int(mask.sum(1).max())
+        ids, mask = ids[:, :longest], mask[:, :longest]
+        ids = torch.where((torch.rand(ids.shape) < UNKNOWN_WORDS) & (ids > 2), 2, ids)
+        logits = probes(encoder(ids, mask), mask)
+        wanted = torch.tensor([answers(scene) for scene in scenes])
+        loss = torch.stack([F.cross_entropy(logit, wanted[:, i]) for i, logit in enumerate(logits)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        run.log(every=20, loss=loss.detach(), accuracy=accuracy(logits, wanted))
+        if not run.advance():
+            break
     typer.echo(f"held-out scenes: {_held_out_accuracy(encoder.eval(), probes, tokenizer, rng):.4f} of answers right")
-    torch.save(
-        {"encoder": encoder.state_dict(), "steps": steps, "seconds": time.monotonic() - started_s}, output / "text.pt"
-    )
+    run.save(seed=seed, encoder=encoder.state_dict())
+
+
+def accuracy(logits: Sequence[torch.Tensor], wanted: torch.Tensor) -> float:
+    """Return the share of right answers."""
+    right = [(logit.argmax(-1) == wanted[:, index]).float().mean() for index, logit in enumerate(logits)]
+    return float(torch.stack(right).mean())
 
 
 @torch.inference_mode()
@@ -145,8 +145,7 @@ def _held_out_accuracy(encoder: TextEncoder, probes: Probes, tokenizer: Tokenize
     tokens = tokenizer.encode([write_caption(rng, scene) for scene in scenes])
     mask = torch.from_numpy(tokens.token_mask)
     logits = probes(encoder(torch.from_numpy(tokens.token_ids), mask), mask)
-    wanted = torch.tensor([answers(scene) for scene in scenes])
-    return float(np.mean([(logit.argmax(-1) == wanted[:, i]).float().mean() for i, logit in enumerate(logits)]))
+    return accuracy(logits, torch.tensor([answers(scene) for scene in scenes]))
 
 
 if __name__ == "__main__":

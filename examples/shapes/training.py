@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ class Run:
         self._started_s = time.monotonic()
         self._last_s, self._last_step = self._started_s, 0
         self.step = 0
-        self.steps_before = 0
-        self.seconds_before = 0.0
+        self._runs_before: list[dict[str, Any]] = []
 
     @property
     def seconds(self) -> float:
@@ -70,22 +70,25 @@ class Run:
         now_s = time.monotonic()
         rate = (self.step - self._last_step) / max(1e-9, now_s - self._last_s)
         self._last_s, self._last_step = now_s, self.step
-        entry = {
-            "step": self.steps_before + self.step,
-            "seconds": round(self.seconds_before + self.seconds, 1),
-            **numbers,
-        }
+        steps_before = sum(run["steps"] for run in self._runs_before)
+        entry = {"step": steps_before + self.step, "seconds": round(self.seconds, 1), **numbers}
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         if self.step % (10 * every) == 0 or self.progress >= 1.0:
             told = " ".join(f"{name} {value:.5f}" for name, value in numbers.items())
             print(f"{self.checkpoint.stem} step {entry['step']} {self.seconds:.0f} s {rate:.1f}/s {told}", flush=True)
 
-    def save(self, **state: Any) -> None:
-        """Write the checkpoint, whole or not at all."""
+    def save(self, *, seed: int, **state: Any) -> None:
+        """Write the checkpoint, whole or not at all, with what made it."""
+        this = {
+            "commit": commit(),
+            "seed": seed,
+            "steps": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "hardware": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+        }
         partial = self.checkpoint.with_suffix(".partial")
-        state |= {"steps": self.steps_before + self.step, "seconds": self.seconds_before + self.seconds}
-        torch.save(state | {"hardware": hardware()}, partial)
+        torch.save({**state, "runs": [*self._runs_before, this]}, partial)
         os.replace(partial, self.checkpoint)
 
     def resume(self) -> dict[str, Any] | None:
@@ -93,7 +96,7 @@ class Run:
         if not self.checkpoint.exists():
             return None
         state: dict[str, Any] = torch.load(self.checkpoint, map_location=DEVICE, weights_only=True)
-        self.steps_before, self.seconds_before = int(state["steps"]), float(state["seconds"])
+        self._runs_before = state["runs"]
         return state
 
 
@@ -169,6 +172,7 @@ def write_sheet(video: torch.Tensor, path: Path, *, columns: int = 9) -> None:
     Image.fromarray(rows.reshape(-1, columns * video.shape[-1], 3).cpu().numpy()).save(path)
 
 
-def hardware() -> str:
-    """Return what this runs on, in words."""
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+def commit() -> str:
+    """Return the commit that this is run from."""
+    asked = subprocess.run(("git", "rev-parse", "HEAD"), cwd=Path(__file__).parent, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ def test_included_files_are_those_of_the_provenance_byte_for_byte(folder: Path, 
 
 
 def test_included_files_say_how_they_were_made(provenance: dict[str, Any]) -> None:
-    assert {"commit", "seed", "hardware", "minutes"} <= provenance.keys()
+    assert {run["stage"] for run in provenance["runs"]} == {"text", "vae", "diffusion", "distil"}
+    for run in provenance["runs"]:
+        assert re.fullmatch("[0-9a-f]{40}", run["commit"])
+        assert run["steps"] > 0
+        assert 0 < run["minutes"] < 60
+        assert run["seed"] >= 0
+        assert run["hardware"]
 
 
 @pytest.mark.parametrize("variant", INCLUDED, ids=lambda variant: variant.slug)

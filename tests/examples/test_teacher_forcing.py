@@ -15,7 +15,7 @@ from causal_forcing.runtime.schedule import timestep_embedding
 from causal_forcing.runtime.spec import TINY, Geometry
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
-from teacher_forcing import TeacherForcing  # noqa: E402
+from teacher_forcing import TeacherForcing
 
 FRAMES = 6
 
