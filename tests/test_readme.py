@@ -93,10 +93,10 @@ def test_command_runs(fence: Fence, here: Path, engine_home: Path) -> None:
 
 
 def test_commands_make_what_the_readme_says(here: Path) -> None:
-    if not (here / "boat.json").exists():
+    if not (here / "square.json").exists():
         pytest.skip("the commands were not run")
-    record = read_record(here / "boat.json")
-    with av.open(here / "boat.mp4") as clip:
+    record = read_record(here / "square.json")
+    with av.open(here / "square.mp4") as clip:
         frames = sum(1 for _ in clip.decode(video=0))
     assert (record.status, record.frames, frames) == ("complete", 21, 21)
     assert len(list((here / "frames").glob("*.png"))) == 21
