@@ -107,6 +107,8 @@ def _usage_message(error: BaseException) -> str:
     if spellings and callable(details):
         detail = details()[0]
         return f"{spellings[-1]} {detail['input']!r} is not valid: {_one_line(detail['msg'])}"
+    if "extra argument" in message:
+        return f"{message}: put a text of several words in quotes"
     return message
 
 

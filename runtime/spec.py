@@ -203,7 +203,7 @@ _SHAPES = Variant(
     pixel_width=128,
     window_frames=9,
     sink_frames=3,
-    default_prompt="a large red star spins over a checkered background",
+    default_prompt="an orange star moves to the right over a checkered background",
 )
 
 VARIANTS: dict[str, Variant] = {

@@ -27,6 +27,7 @@ ASK = ("--prompt", "a fox", "--total-blocks", "1")
         ("cf-generate", ["tiny", "--total-block", "3"], "no such option --total-block: did you mean --total-blocks?"),
         ("cf-generate", ["tiny", "--qqqqqq"], "no such option --qqqqqq (see --help)"),
         ("cf-generate", ["tiny", "tiny", "tiny"], "extra argument"),
+        ("cf-generate", ["a", "red", "star"], "extra argument(s) (star): put a text of several words in quotes"),
         ("cf-generate", ["tiny", "--output"], "'--output' requires an argument"),
         ("cf-build", ["doctr"], "unknown command or slug 'doctr': did you mean 'doctor'?"),
         ("cf-build", ["tinny"], "did you mean 'tiny'?"),

@@ -187,7 +187,7 @@ def test_network_spec_lists_inputs_before_outputs() -> None:
 
 def test_variant_default_prompts_suit_the_model() -> None:
     prompts = {variant.model.name: variant.default_prompt for variant in VARIANTS.values()}
-    assert prompts["shapes"] == "a large red star spins over a checkered background"
+    assert prompts["shapes"] == "an orange star moves to the right over a checkered background"
     assert prompts["tiny"] == prompts["wan2.1-t2v-1.3b"]
     assert prompts["tiny"].startswith("A paper boat drifts")
 
