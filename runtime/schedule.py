@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,12 +12,19 @@ from causal_forcing.runtime.spec import Variant
 
 TRAIN_TIMESTEPS = 1000
 
+Sigma = TypeVar("Sigma", float, torch.Tensor)
+
+
+def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
+    """Shift noise levels in [0, 1] towards 1: s·sigma / (1 + (s − 1)·sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
 
 class FlowMatchSchedule:
     """Shifted sigmas and their timesteps, and upstream's ways of looking them up.
 
     Args:
-        shift: Timestep shift s; sigma' = s·sigma / (1 + (s − 1)·sigma).
+        shift: Timestep shift s, of `shift_sigma`.
 
     Source: thu-ml/Causal-Forcing@1fc7bbc utils/scheduler.py FlowMatchScheduler (sigma_min 0, extra_one_step) and
     pipeline/causal_inference.py (warping).
@@ -24,7 +32,7 @@ class FlowMatchSchedule:
 
     def __init__(self, shift: float) -> None:
         sigmas = torch.linspace(1.0, 0.0, TRAIN_TIMESTEPS + 1)[:-1]
-        self.sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        self.sigmas = shift_sigma(sigmas, shift)
         """[1000] fp32, from 1 down to just above 0."""
         self.timesteps = self.sigmas * TRAIN_TIMESTEPS
         """[1000] fp32."""

@@ -19,6 +19,7 @@ from causal_forcing.build_engines.shapes.world import (
     FRAME_PIXELS,
     SIZES,
     TRAINED_FRAMES,
+    TRAINED_LATENT_FRAMES,
     Scene,
     Thing,
     all_things,
@@ -33,9 +34,6 @@ from causal_forcing.runtime.spec import Variant
 
 SCENES_A_THING = 3
 """Held-out prompts for each colour, shape and motion that training never saw together."""
-
-TRAINED_LATENT_FRAMES = 9
-"""Latent frames of `TRAINED_FRAMES`."""
 
 LONG_CLIP = 4
 """Length of a long clip, in trained lengths."""

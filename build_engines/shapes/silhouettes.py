@@ -36,7 +36,7 @@ _SHARP = {"triangle": 0.75, "square": 0.43, "star": 0.73}
 _ROUND = 0.2
 """Largest magnitude of a harmonic that corners would make, of a circle: just below that of the bluntest square."""
 _OVAL = 0.25
-"""Largest magnitude of a circle's second harmonic: a sixth longer than wide."""
+"""Largest magnitude of a circle's second harmonic: 18 % longer than wide."""
 
 _ACROSS = np.array([(2**-0.5, 6**-0.5), (-(2**-0.5), 6**-0.5), (0, -2 * 6**-0.5)], np.float32)
 """Two axes across the grey axis of RGB, as columns."""

@@ -15,11 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from causal_forcing.runtime.spec import frame_count
+
 FRAME_PIXELS = 128
 """Height and width of a frame."""
 
-TRAINED_FRAMES = 33
-"""Frames of a clip that the model was trained on: nine latent frames."""
+TRAINED_LATENT_FRAMES = 9
+TRAINED_FRAMES = frame_count(TRAINED_LATENT_FRAMES)
+"""Length of a clip that the model was trained on."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.10, 0.10),
@@ -116,6 +119,19 @@ class Tracks:
     shade: npt.NDArray[np.float32]
     """[B], added to the background's grey."""
 
+    def part(self, rows: slice | npt.NDArray[np.int64], frames: slice) -> Tracks:
+        """Return some frames of some scenes."""
+        return Tracks(
+            x=self.x[rows][:, :, frames],
+            y=self.y[rows][:, :, frames],
+            radius=self.radius[rows][:, :, frames],
+            angle=self.angle[rows][:, :, frames],
+            shape=self.shape[rows],
+            colour=self.colour[rows],
+            background=self.background[rows],
+            shade=self.shade[rows],
+        )
+
 
 def spins_visibly(thing: Thing) -> bool:
     """Return whether a spin of the object could be seen; a circle's could not, and no scene has one."""
@@ -178,10 +194,6 @@ def render(tracks: Tracks, *, device: torch.device | str = "cpu") -> torch.Tenso
     Returns:
         [B, T, 3, 128, 128] fp32 in [0, 1], on the device; edges are smooth over one pixel.
     """
-
-    def tensor(array: npt.NDArray[np.generic], *shape: int) -> torch.Tensor:
-        return torch.from_numpy(array).to(device).reshape(*array.shape, *(1,) * (5 - array.ndim), *shape)
-
     frames = tracks.x.shape[2]
     steps = torch.arange(FRAME_PIXELS, device=device, dtype=torch.float32) + 0.5
     rows, columns = steps[:, None], steps[None, :]
@@ -190,7 +202,8 @@ def render(tracks: Tracks, *, device: torch.device | str = "cpu") -> torch.Tenso
     canvas = canvas.expand(-1, frames, 3, -1, -1)
     for column in range(tracks.x.shape[1]):
         x, y, radius, angle = (
-            tensor(array[:, column])[..., 0] for array in (tracks.x, tracks.y, tracks.radius, tracks.angle)
+            torch.from_numpy(array[:, column]).to(device)[..., None, None]
+            for array in (tracks.x, tracks.y, tracks.radius, tracks.angle)
         )
         kind = torch.from_numpy(tracks.shape[:, column]).to(device).reshape(-1, 1, 1, 1)
         distance = _signed_distance(columns - x, rows - y, radius, angle, kind)

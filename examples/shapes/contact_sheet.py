@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from causal_forcing.build_engines.shapes.world import TRAINED_FRAMES
+from causal_forcing.build_engines.shapes.world import TRAINED_FRAMES, TRAINED_LATENT_FRAMES
 from causal_forcing.runtime import EngineOptions, VideoSession, find_or_build, load_engines
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ def main(
     """Write the sheet."""
     engines = load_engines(find_or_build(EngineOptions(slug=slug), device="cpu"), device="cpu")
     chunk_frames = engines.manifest.config.geometry.chunk_frames
-    blocks = -(-((TRAINED_FRAMES + 3) // 4) // chunk_frames)
+    blocks = TRAINED_LATENT_FRAMES // chunk_frames
     shown = np.linspace(0, TRAINED_FRAMES - 1, columns).round().astype(int)
     rows = []
     with VideoSession(engines) as session:

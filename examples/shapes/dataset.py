@@ -14,13 +14,20 @@ from training import DEVICE
 from causal_forcing.build_engines.models.text_encoder import TextEncoder
 from causal_forcing.build_engines.models.vae import WanVAE
 from causal_forcing.build_engines.shapes.captions import write_caption
-from causal_forcing.build_engines.shapes.world import TRAINED_FRAMES, Scene, Tracks, draw_scene, draw_tracks, render
-from causal_forcing.runtime.spec import FRAMES_PER_LATENT
+from causal_forcing.build_engines.shapes.world import (
+    TRAINED_FRAMES,
+    TRAINED_LATENT_FRAMES,
+    Scene,
+    Tracks,
+    draw_scene,
+    draw_tracks,
+    render,
+)
+from causal_forcing.runtime.spec import FRAMES_PER_LATENT, find_variant
 from causal_forcing.runtime.spec import SHAPES as MODEL
 from causal_forcing.runtime.text import Tokenizer
 
-LATENT_FRAMES = 9
-SINK_FRAMES = 3
+SINK_FRAMES = find_variant("shapes").sink_frames
 """Latent frames at the start that stay in the cache of a long clip."""
 
 LATE_SHARE = 0.25
@@ -100,13 +107,13 @@ class Dataset:
     @torch.no_grad()
     def _encode(self, rng: np.random.Generator, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return latents [B, 9, C, h, w] bf16 and positions [B, 9]."""
-        positions = torch.arange(LATENT_FRAMES, device=DEVICE).repeat(len(scenes), 1)
+        positions = torch.arange(TRAINED_LATENT_FRAMES, device=DEVICE).repeat(len(scenes), 1)
         gap = int(rng.integers(1, LATEST_FRAME + 1))
         tracks = draw_tracks(rng, scenes, frames=TRAINED_FRAMES + FRAMES_PER_LATENT * gap)
-        latents = self._latents(_frames(tracks, 0))
+        latents = self._latents(tracks.part(slice(None), slice(TRAINED_FRAMES)))
         late = round(LATE_SHARE * len(scenes))
         if late:
-            later = self._latents(_frames(tracks, FRAMES_PER_LATENT * gap, rows=late))
+            later = self._latents(tracks.part(slice(late), slice(FRAMES_PER_LATENT * gap, None)))
             latents[:late, SINK_FRAMES:] = later[:, SINK_FRAMES:]
             positions[:late, SINK_FRAMES:] += gap
         return latents.bfloat16(), positions
@@ -121,18 +128,3 @@ def load_codec(folder: Path) -> Codec:
     vae = WanVAE(MODEL.vae)
     vae.load_state_dict(torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)["vae"])
     return Codec(vae).to(DEVICE).eval().requires_grad_(False)
-
-
-def _frames(tracks: Tracks, start: int, rows: int | None = None) -> Tracks:
-    """Return the trained length of tracks from a frame on, of the first rows."""
-    part = (slice(rows), slice(None), slice(start, start + TRAINED_FRAMES))
-    return Tracks(
-        x=tracks.x[part],
-        y=tracks.y[part],
-        radius=tracks.radius[part],
-        angle=tracks.angle[part],
-        shape=tracks.shape[:rows],
-        colour=tracks.colour[:rows],
-        background=tracks.background[:rows],
-        shade=tracks.shade[:rows],
-    )

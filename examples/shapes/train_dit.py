@@ -10,7 +10,7 @@ which classifier-free guidance has sharpened.
 Chunks of three frames and of one take turns, so that one set of weights serves the chunkwise and framewise variants.
 A stage goes on from its own averaged weights where there are some.
 
-Source of the stages: Causal Forcing (arXiv 2602.02214) sections 3 and 4.
+The stages are those of Causal Forcing (arXiv 2602.02214), without its last one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from typing import Annotated, Literal, TypeVar
 
 import torch
 import typer
-from dataset import LATENT_FRAMES, Batch, Dataset
+from dataset import Batch, Dataset
 from teacher_forcing import TeacherForcing
 from torch import nn
 from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
 
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.shapes.evaluation import held_out_cases
+from causal_forcing.build_engines.shapes.world import TRAINED_LATENT_FRAMES
+from causal_forcing.runtime.schedule import shift_sigma
 from causal_forcing.runtime.spec import SHAPES as MODEL
+from causal_forcing.runtime.spec import find_variant
 
-SHIFT = 5.0
+VARIANT = find_variant("shapes")
+FOUR_STEPS = VARIANT.denoising_steps
 CHUNKS = (3, 1)
 """Latent frames denoised together, in turn."""
 
@@ -46,7 +50,6 @@ GUIDANCE = 2.5
 PATH_STEPS = 16
 """Euler steps of the teacher's path."""
 
-FOUR_STEPS = (1000, 750, 500, 250)
 UPDATES_PER_PATH = 6
 
 EVEN_SHARE = 0.3
@@ -69,7 +72,7 @@ def main(
     is_captured: Annotated[bool, typer.Option("--graphs/--no-graphs", help="Whether GPU work is replayed.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights, scenes and noise.")] = 0,
 ) -> None:
-    """Train, and write `diffusion.pt` or `distil.pt`, curves, and a sheet of clips of held-out prompts."""
+    """Train, and write `diffusion.pt` or `distil.pt`, and a sheet of clips of held-out prompts."""
     run = Run(output, stage, steps=steps, minutes=minutes)
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
@@ -191,7 +194,7 @@ def new_dit(seed: int) -> CausalDiT:
 
 def shifted(place: Place) -> Place:
     """Return the noise level of a place in the schedule, both in [0, 1]."""
-    return SHIFT * place / (1 + (SHIFT - 1) * place)
+    return shift_sigma(place, VARIANT.timestep_shift)
 
 
 def per_chunk(values: torch.Tensor, chunk_frames: int) -> torch.Tensor:
@@ -218,7 +221,7 @@ def flow_matching_loss(
     """Return the mean square error of the flow, noise minus latent, at a random noise level for each chunk."""
     x0 = batch.latents
     noise = torch.randn_like(x0)
-    place, choice = torch.rand(2, len(x0), LATENT_FRAMES // chunk_frames, device=x0.device)
+    place, choice = torch.rand(2, len(x0), TRAINED_LATENT_FRAMES // chunk_frames, device=x0.device)
     sigma = per_chunk(torch.where(choice < EVEN_SHARE, place, shifted(place)), chunk_frames)
     flow = student(
         (1 - sigma) * x0 + sigma * noise,
@@ -260,7 +263,7 @@ def distillation_loss(student: TeacherForcing, batch: Batch, path: torch.Tensor,
     open any more, to the clip itself, of which the teacher is only a copy.
     """
     latents, last = batch.latents, len(FOUR_STEPS) - 1
-    step = torch.randint(last + 1, (len(latents), LATENT_FRAMES // chunk_frames), device=latents.device)
+    step = torch.randint(last + 1, (len(latents), TRAINED_LATENT_FRAMES // chunk_frames), device=latents.device)
     step = per_chunk(step, chunk_frames)
     sigmas = torch.stack([torch.full((), shifted(place / 1000), device=latents.device) for place in FOUR_STEPS])
     sigma = sigmas[step]
@@ -293,10 +296,10 @@ def sample(
         steps: Unwarped timesteps.
         no_prompt: The empty prompt's embedding, for guidance; None samples as a distilled model does.
     """
-    latents = torch.randn(len(embeds), LATENT_FRAMES, MODEL.dit.latent_channels, 16, 16, device=DEVICE)
-    positions = torch.arange(LATENT_FRAMES, device=DEVICE).repeat(len(embeds), 1)
+    latents = torch.randn(len(embeds), TRAINED_LATENT_FRAMES, MODEL.dit.latent_channels, 16, 16, device=DEVICE)
+    positions = torch.arange(TRAINED_LATENT_FRAMES, device=DEVICE).repeat(len(embeds), 1)
     sigmas = [*(shifted(step / 1000) for step in steps), 0.0]
-    for start in range(0, LATENT_FRAMES, chunk_frames):
+    for start in range(0, TRAINED_LATENT_FRAMES, chunk_frames):
         own = slice(start, start + chunk_frames)
         pasts = [
             (prompt, model.remember(latents, prompt, positions, chunk_frames))

@@ -39,7 +39,7 @@ CROPPED_SHARE = 0.6
 """Share of the run that sees quarter pictures, four times as many."""
 
 CLIP_FRAMES = (17, 65, 33)
-"""Lengths of clips, in turn; the longest is more than the decoder looks back, so that longer ones hold nothing new."""
+"""Lengths of clips, in turn; the longest is twice what the denoiser is trained on."""
 
 LATENT_NOISE = 0.2
 """Largest deviation of the noise that is added to latents."""
@@ -48,7 +48,7 @@ PEAK_LEARNING_RATE = 2e-3
 
 
 class Codec(nn.Module):
-    """The VAE over whole clips, with the running statistics of its latents."""
+    """The VAE over whole clips, with the statistics of its latents."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -141,17 +141,7 @@ def draw_batch(rng: np.random.Generator, tracks: Tracks, count: int, length: int
     """Return video [count, length, 3, size, size] in [-1, 1]: parts of scenes, in time and space."""
     rows = rng.integers(len(tracks.background), size=count)
     start = int(rng.integers(max(CLIP_FRAMES) - length + 1))
-    frames = slice(start, start + length)
-    part = Tracks(
-        x=tracks.x[rows][:, :, frames],
-        y=tracks.y[rows][:, :, frames],
-        radius=tracks.radius[rows][:, :, frames],
-        angle=tracks.angle[rows][:, :, frames],
-        shape=tracks.shape[rows],
-        colour=tracks.colour[rows],
-        background=tracks.background[rows],
-        shade=tracks.shade[rows],
-    )
+    part = tracks.part(rows, slice(start, start + length))
     video = render(part, device=DEVICE)
     if size < FRAME_PIXELS:
         # Cut where an object is: most of a picture is flat.
