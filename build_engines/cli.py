@@ -52,7 +52,7 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Build the engine of a slug, unless it is there already, and print its folder."""
-    resolve_engine(options, weights="", device=device)  # a wrong option is found before torch is loaded
+    resolve_engine(options, weights="", device=device, for_build=True)  # a wrong option is found before torch is loaded
     from causal_forcing.build_engines.planner import make_job
     from causal_forcing.runtime.backends import choose_backend
 
@@ -60,7 +60,7 @@ def build(
     folder = job.config.folder(output or default_root())
     reused = not force and _is_usable(folder)
     if not reused:
-        _, reason = choose_backend(options.backend, device)
+        _, reason = choose_backend(options.backend, device, for_build=True)
         _build(job, folder, reason)
     if as_json:
         console.print_json({"engine": folder, "reused": reused, "fingerprint": job.config.fingerprint()})
@@ -78,7 +78,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a build would do and why, and what it needs; nothing is written or downloaded."""
-    resolve_engine(options, weights="", device=device)
+    resolve_engine(options, weights="", device=device, for_build=True)
     from causal_forcing.build_engines.planner import plan_build
 
     outcome = plan_build(options, output or default_root(), device=device)
@@ -106,7 +106,7 @@ def verify(
     """Compare every engine of a slug with the torch module it was made from, output by output."""
     if prompts is not None and not quality:
         raise UsageError("--prompts is for --quality: add it, or leave out --prompts")
-    resolve_engine(options, weights="", device=device)
+    resolve_engine(options, weights="", device=device, for_build=True)
     if quality:
         _verify_quality(options, output or default_root(), device, prompts, as_json=as_json)
         return
@@ -267,7 +267,7 @@ def _require_engine(options: EngineOptions, root: Path, device: str) -> None:
     weights = weights_identity(options)
     if weights is None:
         return
-    config = resolve_engine(options, weights=weights, device=device)
+    config = resolve_engine(options, weights=weights, device=device, for_build=True)
     folder = config.folder(root)
     if not (folder / MANIFEST_NAME).exists():
         where = f" --output {shlex.quote(str(root))}" if root != default_root() else ""

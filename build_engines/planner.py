@@ -64,7 +64,7 @@ def plan_build(options: EngineOptions, root: Path, *, device: str = "auto") -> B
     if weights is None:
         can_read = all(download.cached for download in downloads)
         weights = local_identity(find_weights(options)) if can_read else "sha256:unknown"
-    config = resolve_engine(options, weights=weights, device=device)
+    config = resolve_engine(options, weights=weights, device=device, for_build=True)
     folder = config.folder(root)
     job = BuildJob(config=config, source=HollowModels(model=config.variant.model, dtype=_dtype(config)))
     networks = list(cut_networks(job))
@@ -92,16 +92,16 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
     """
     weights = weights_identity(options)
     if weights is not None and weights.startswith("random:"):
-        config = resolve_engine(options, weights=weights, device=device)
+        config = resolve_engine(options, weights=weights, device=device, for_build=True)
         seed = int(weights.removeprefix("random:"))
         source = RandomModels(model=config.variant.model, seed=seed, dtype=_dtype(config))
         # A vocabulary that comes with the package may be smaller than the byte tokenizer's.
         tokenizer = find_weights(options).tokenizer if config.variant.included_weights else None
         return BuildJob(config=config, source=source, tokenizer=tokenizer)
     # Resolved once without weights first, so that a wrong option is found before a long download.
-    resolve_engine(options, weights="", device=device)
+    resolve_engine(options, weights="", device=device, for_build=True)
     files = find_weights(options)
-    config = resolve_engine(options, weights=weights or local_identity(files), device=device)
+    config = resolve_engine(options, weights=weights or local_identity(files), device=device, for_build=True)
     released = ReleasedModels(variant=config.variant, files=files, dtype=_dtype(config))
     released.check()
     provenance = {"weight_files": {role: str(path) for role, path in files.paths().items()}}

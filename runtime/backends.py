@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
+from causal_forcing.runtime.config import (
+    FP8_COMPUTE_CAPABILITY,
+    RTX_COMPUTE_CAPABILITIES,
+    EngineOptions,
+    PlanOptions,
+    default_compute_capabilities,
+)
 from causal_forcing.runtime.errors import BackendUnavailableError, UnknownNameError, UsageError
 
-PLANNED_BACKENDS = ("tensorrt", "tensorrt-rtx", "cuda")
+PLANNED_BACKENDS = ("cuda",)
 """Backends of the design that this release does not carry yet."""
 
 
@@ -18,39 +26,98 @@ class Backend:
 
     name: str
     """Name on the command line."""
-    package: str
-    """Distribution that it needs."""
+    module: str
+    """Module that it needs."""
+    distributions: tuple[str, ...]
+    """Distributions that the module may come in; the first is the one to install."""
     precisions: tuple[str, ...]
     """Precisions that it runs, the default on a CPU first."""
-    runs_on_gpu: bool
-    """Whether it can use a CUDA GPU."""
+    runs_on: tuple[str, ...]
+    """Kinds of device: cpu, cuda."""
+    builds_without_gpu: bool = True
+    """Whether a machine without a GPU can build its engines."""
+    compute_capabilities: tuple[int, ...] | None = None
+    """GPU generations that it runs on; None is all."""
 
     def installed(self) -> bool:
-        """Return whether its package is here."""
-        return importlib.util.find_spec(self.package) is not None
+        """Return whether its module is here."""
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def makes_plans(self) -> bool:
+        """Whether its engines are TensorRT plans."""
+        return self.name in ("tensorrt", "tensorrt-rtx")
 
     def artefact_version(self) -> str:
-        """Return what its artefacts are tied to."""
+        """Return what its artefacts are tied to: plans to the very build of the library."""
         if self.name == "onnxruntime":
             return "opset24"
-        return ".".join(importlib.metadata.version(self.package).split("+")[0].split(".")[:2])
+        version = self._installed_version()
+        return version if self.makes_plans else ".".join(version.split("+")[0].split(".")[:2])
 
+    def runs_on_device(self, device: str) -> bool:
+        """Return whether its engines run on a device that is there: `cpu`, `cuda` or `cuda:N`."""
+        kind = device.partition(":")[0]
+        if kind not in self.runs_on:
+            return False
+        return kind == "cpu" or self.compute_capabilities is None or capability(device) in self.compute_capabilities
+
+    def _installed_version(self) -> str:
+        for distribution in self.distributions:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(distribution)
+        raise BackendUnavailableError(
+            f"the version of {self.module} cannot be told: install it with pip install {self.distributions[0]}"
+        )
+
+
+_PLAN_PRECISIONS = ("bf16", "fp16", "fp8")
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(name="onnxruntime", package="onnxruntime", precisions=("fp32",), runs_on_gpu=False),
-        Backend(name="torch", package="torch", precisions=("fp32", "bf16", "fp16"), runs_on_gpu=True),
+        Backend(
+            name="tensorrt",
+            module="tensorrt",
+            distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+            precisions=_PLAN_PRECISIONS,
+            runs_on=("cuda",),
+            builds_without_gpu=False,
+        ),
+        Backend(
+            name="tensorrt-rtx",
+            module="tensorrt_rtx",
+            distributions=("tensorrt-rtx", "tensorrt-rtx-cu13"),
+            precisions=_PLAN_PRECISIONS,
+            runs_on=("cuda",),
+            compute_capabilities=RTX_COMPUTE_CAPABILITIES,
+        ),
+        Backend(
+            name="onnxruntime",
+            module="onnxruntime",
+            distributions=("onnxruntime",),
+            precisions=("fp32", "fp8"),
+            runs_on=("cpu",),
+        ),
+        Backend(
+            name="torch",
+            module="torch",
+            distributions=("torch",),
+            precisions=("fp32", "bf16", "fp16"),
+            runs_on=("cpu", "cuda"),
+        ),
     )
 }
+"""In the order in which `auto` takes them."""
 
 
-def choose_backend(name: str, device: str) -> tuple[Backend, str]:
+def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[Backend, str]:
     """Choose a backend.
 
     Args:
         name: A backend's name, or `auto`.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        for_build: Whether engines are only built here: a named backend need not run on this machine then.
 
     Returns:
         The backend, and the reason in a few words.
@@ -58,29 +125,47 @@ def choose_backend(name: str, device: str) -> tuple[Backend, str]:
     Raises:
         BackendUnavailableError: None is usable, or the named one is not.
         UnknownNameError: There is no backend of that name.
+        UsageError: The named one does not run on the named device.
     """
     # Names first: looking for a GPU means importing torch.
     if name in PLANNED_BACKENDS:
         raise BackendUnavailableError(
-            f"backend {name!r} is not part of this release: use --backend {' or '.join(BACKENDS)}"
+            f"backend {name!r} is not part of this release: use --backend {', '.join(BACKENDS)} or auto"
         )
     if name not in ("auto", *BACKENDS):
         raise UnknownNameError("backend", name, ("auto", *BACKENDS))
-    device = choose_device(device)
     if name == "auto":
-        wants_gpu = device.startswith("cuda")
+        device = choose_device(device)
         for backend in BACKENDS.values():
-            if backend.installed() and (backend.runs_on_gpu or not wants_gpu):
+            if backend.installed() and backend.runs_on_device(device):
                 return backend, f"first backend installed here that runs on {device}"
         raise BackendUnavailableError(
             f"no usable backend for {device}: got none of {', '.join(BACKENDS)}; install one: pip install onnxruntime"
         )
     backend = BACKENDS[name]
     if not backend.installed():
-        raise BackendUnavailableError(f"backend {name!r} is not installed: pip install {backend.package}")
-    if device.startswith("cuda") and not backend.runs_on_gpu:
-        raise UsageError(f"backend {name!r} runs on the CPU only: use --device cpu or --backend torch")
+        raise BackendUnavailableError(f"backend {name!r} is not installed: pip install {backend.distributions[0]}")
+    if for_build and backend.builds_without_gpu and backend.makes_plans:
+        return backend, "chosen by name"
+    _check_runs_on(backend, choose_device(device))
     return backend, "chosen by name"
+
+
+def _check_runs_on(backend: Backend, device: str) -> None:
+    if backend.runs_on_device(device):
+        return
+    kind = device.partition(":")[0]
+    if kind == "cuda" and "cuda" not in backend.runs_on:
+        raise UsageError(f"backend {backend.name!r} runs on the CPU only: use --device cpu or --backend torch")
+    if kind == "cpu":
+        raise BackendUnavailableError(
+            f"backend {backend.name!r} needs a CUDA GPU and torch sees none: use --backend onnxruntime"
+        )
+    known = ", ".join(f"sm_{number}" for number in backend.compute_capabilities or ())
+    raise BackendUnavailableError(
+        f"backend {backend.name!r} does not run on sm_{capability(device)}, expected one of {known}: "
+        "use --backend tensorrt or torch"
+    )
 
 
 def choose_precision(backend: Backend, precision: str | None, device: str) -> str:
@@ -90,12 +175,71 @@ def choose_precision(backend: Backend, precision: str | None, device: str) -> st
         UsageError: The backend does not run the given precision.
     """
     if precision is None:
-        return "bf16" if choose_device(device).startswith("cuda") and "bf16" in backend.precisions else "fp32"
+        if backend.makes_plans or (choose_device(device).startswith("cuda") and "bf16" in backend.precisions):
+            return "bf16"
+        return "fp32"
     if precision not in backend.precisions:
         raise UsageError(
             f"backend {backend.name!r} does not run {precision}: use --precision {' or '.join(backend.precisions)}"
         )
     return precision
+
+
+def choose_plan(backend: Backend, options: EngineOptions, precision: str, device: str) -> PlanOptions | None:
+    """Complete the options that only plans have; None for other backends.
+
+    Raises:
+        UsageError: An option that the backend does not have, or GPUs that it does not serve.
+        BackendUnavailableError: The backend compiles for the GPU of this machine and there is none.
+    """
+    given = {
+        "--compute-capability": options.compute_capability,
+        "--optimization-level": options.optimization_level,
+        "--workspace-mib": options.workspace_mib,
+        "--plugin": options.plugin,
+    }
+    if not backend.makes_plans:
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(f"{option} is for TensorRT plans, not for {backend.name!r}: leave it out")
+        return None
+    is_rtx = backend.name == "tensorrt-rtx"
+    if is_rtx and options.plugin is not None:
+        raise UsageError("--plugin is for the tensorrt backend: TensorRT-RTX takes no plugins, leave it out")
+    if is_rtx:
+        capabilities = tuple(options.compute_capability or default_compute_capabilities(precision))
+        for number in capabilities:
+            if number not in RTX_COMPUTE_CAPABILITIES:
+                known = ", ".join(map(str, RTX_COMPUTE_CAPABILITIES))
+                raise UsageError(f"--compute-capability {number} is not one that TensorRT-RTX serves: use {known}")
+    else:
+        here = capability(choose_device(device))
+        if options.compute_capability not in (None, [here]):
+            raise UsageError(
+                f"--compute-capability: a tensorrt plan is for the GPU that builds it, sm_{here}: leave it out"
+            )
+        capabilities = (here,)
+    if precision == "fp8" and min(capabilities) < FP8_COMPUTE_CAPABILITY:
+        raise UsageError(
+            f"--precision fp8 needs compute capability {FP8_COMPUTE_CAPABILITY} or above, got {min(capabilities)}: "
+            "use bf16"
+        )
+    return PlanOptions(
+        compute_capabilities=capabilities,
+        optimization_level=3 if options.optimization_level is None else options.optimization_level,
+        workspace_mib=options.workspace_mib,
+        plugin=None if is_rtx else options.plugin or "python",
+    )
+
+
+def capability(device: str) -> int:
+    """Return the compute capability of a GPU, such as 89; 0 for the CPU."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def choose_device(device: str) -> str:

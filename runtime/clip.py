@@ -183,7 +183,8 @@ def _build_arguments(options: EngineOptions) -> list[str]:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name != "slug" and value is not None:
-            arguments.append(f"--{field.name.replace('_', '-')}={value}")
+            values = value if isinstance(value, list) else (value,)
+            arguments += [f"--{field.name.replace('_', '-')}={one}" for one in values]
     return arguments
 
 

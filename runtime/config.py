@@ -19,16 +19,28 @@ from causal_forcing import plugins
 from causal_forcing.runtime.errors import UnknownNameError, UsageError
 from causal_forcing.runtime.spec import Geometry, Variant, find_variant
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the engine directory's layout and of `manifest.json`."""
 
 DISTRIBUTION = "causal-forcing-engine"
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-"""Precisions in which weights, activations and caches can be kept."""
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+"""Precisions that engines are built in. fp8: linear layers and attention in e4m3, everything between them wider."""
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Precision to element type."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+"""Precision to the element type of io_tensors and of everything that is not quantised."""
+
+RTX_COMPUTE_CAPABILITIES = (80, 86, 89, 120, 121)
+"""GPU generations that TensorRT-RTX makes plans for, strong typing and bf16 given (86 is RTX 30, 89 is RTX 40)."""
+
+DEFAULT_RTX_COMPUTE_CAPABILITIES = (86, 89, 120)
+"""What an RTX plan is for where nobody says: one plan for three generations takes hardly more room than for one."""
+
+FP8_COMPUTE_CAPABILITY = 89
+"""First GPU generation with e4m3."""
+
+PLUGIN_KINDS = ("python", "quick")
+"""Forms of the TensorRT plugin: a Python class, needed to load the plan too, or a kernel inside the plan."""
 
 DEFAULT_SLUG = "shapes"
 """What runs where no slug is given: the trained model that comes with the package."""
@@ -95,7 +107,7 @@ class EngineOptions:
     backend: str = "auto"
     """Backend that runs the engine, or auto."""
     precision: str | None = None
-    """fp32, bf16 or fp16."""
+    """fp32, bf16, fp16 or fp8."""
     pixel_height: int | None = None
     """Height of the video, a multiple of 16."""
     pixel_width: int | None = None
@@ -112,14 +124,30 @@ class EngineOptions:
     """Wan2.1-T2V-1.3B folder with text encoder, tokenizer and VAE."""
     random_weights: int | None = None
     """Seed of random weights, in place of a checkpoint."""
+    compute_capability: list[int] | None = None
+    """GPU generation that a tensorrt-rtx plan is for, such as 89; repeat it for more. By default 86, 89 and 120."""
+    optimization_level: int | None = None
+    """TensorRT's builder optimization level, 0 to 5; by default 3."""
+    workspace_mib: int | None = None
+    """MiB of GPU memory that a layer of a TensorRT plan may work in; by default all that there is."""
+    plugin: str | None = None
+    """Form of the op's plugin in a tensorrt plan: python, the default, or quick, which needs no Python to load."""
 
     def __post_init__(self) -> None:
+        if self.compute_capability is not None:  # a list on the command line; two orders are one engine
+            object.__setattr__(self, "compute_capability", sorted(set(self.compute_capability)))
         if self.precision is not None and self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
         if self.decoder not in DECODERS:
             raise UnknownNameError("decoder", self.decoder, DECODERS)
         if self.random_weights is not None and (self.checkpoint or self.wan_folder):
             raise UsageError("--random-weights excludes --checkpoint and --wan-folder: give one or the other")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(f"--optimization-level {self.optimization_level} is out of range: use 0 to 5")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise UsageError(f"--workspace-mib {self.workspace_mib} leaves no memory: use 1 or more")
+        if self.plugin is not None and self.plugin not in PLUGIN_KINDS:
+            raise UnknownNameError("plugin", self.plugin, PLUGIN_KINDS)
 
     def variant(self) -> Variant:
         """Return the variant that the slug names."""
@@ -143,6 +171,20 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What a TensorRT plan is compiled for and how; complete."""
+
+    compute_capabilities: tuple[int, ...]
+    """GPU generations that it runs on."""
+    optimization_level: int = 3
+    """Builder optimization level."""
+    workspace_mib: int | None = None
+    """Memory pool of layers' workspaces; None is the whole GPU's."""
+    plugin: str | None = None
+    """Form of the op's plugin; None where the op is native layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything that an engine's content depends on; its fingerprint is how the engine is found."""
 
@@ -155,11 +197,13 @@ class EngineConfig:
     backend_version: str
     """What the artefact is tied to: an opset, or a library's version."""
     precision: str
-    """fp32, bf16 or fp16."""
+    """fp32, bf16, fp16 or fp8."""
     decoder: str
     """Decoder from latents to pixels."""
     weights: str
     """Identity of the weights: `random:SEED`, `included:…`, pinned hub files, or `sha256:…` of local files."""
+    plan: PlanOptions | None = None
+    """How TensorRT compiles it; None for other backends."""
     schema_version: int = SCHEMA_VERSION
     """Layout of the engine directory."""
     package_version: str = ""
@@ -169,8 +213,9 @@ class EngineConfig:
 
     @property
     def dtype(self) -> str:
-        """Element type of activations, weights and caches."""
-        return DTYPES[self.precision]
+        """Element type of io_tensors and of everything that is not quantised."""
+        # ONNX Runtime has no bf16 kernels on a CPU; what fp8 does not cover is fp32 there.
+        return "float32" if self.backend == "onnxruntime" else DTYPES[self.precision]
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that the fingerprint covers, as plain JSON values."""
@@ -205,6 +250,7 @@ def build_command(fields: dict[str, Any]) -> str:
     for option in ("backend", "precision"):
         if option in fields:
             words += [f"--{option}", str(fields[option])]
+    words += _plan_words(fields)
     weights = str(fields.get("weights", ""))
     # Without a released checkpoint, seed 0 is what a slug stands for.
     if weights.startswith("random:") and (variant.get("checkpoint_file") or weights != "random:0"):
@@ -212,6 +258,26 @@ def build_command(fields: dict[str, Any]) -> str:
     if weights.startswith("sha256:"):
         words += ["--checkpoint", "FILE", "--wan-folder", "FOLDER"]
     return shlex.join(words)
+
+
+def _plan_words(fields: dict[str, Any]) -> list[str]:
+    """Return the options of `cf-build` that a plan needs beyond the defaults."""
+    plan = fields.get("plan") or {}
+    words: list[str] = []
+    if fields.get("backend") == "tensorrt-rtx":  # a tensorrt plan is for the GPU that builds it
+        capabilities = tuple(plan.get("compute_capabilities", ()))
+        if capabilities != default_compute_capabilities(str(fields.get("precision"))):
+            words += [f"--compute-capability={capability}" for capability in capabilities]
+    for name, default in (("optimization_level", 3), ("workspace_mib", None), ("plugin", None)):
+        if plan.get(name, default) not in (default, "python"):
+            words += [f"--{name.replace('_', '-')}", str(plan[name])]
+    return words
+
+
+def default_compute_capabilities(precision: str) -> tuple[int, ...]:
+    """Return the GPU generations that a tensorrt-rtx plan is for by default."""
+    first = FP8_COMPUTE_CAPABILITY if precision == "fp8" else 0
+    return tuple(capability for capability in DEFAULT_RTX_COMPUTE_CAPABILITIES if capability >= first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

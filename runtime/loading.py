@@ -80,7 +80,7 @@ def engine_device(manifest: Manifest, device: str) -> torch.device:
         UsageError: Its backend does not run on that device.
     """
     backend = manifest.config.backend
-    if device == "auto" and not BACKENDS[backend].runs_on_gpu:
+    if device == "auto" and "cuda" not in BACKENDS[backend].runs_on:
         device = "cpu"  # a CPU backend on a GPU machine is no reason to refuse
     device = choose_device(device)
     choose_backend(backend, device)

@@ -15,6 +15,7 @@ from typing import Any
 from causal_forcing.runtime.config import (
     SCHEMA_VERSION,
     EngineConfig,
+    PlanOptions,
     build_command,
     cache_folder,
     fingerprint_of,
@@ -195,7 +196,11 @@ def _config(fields: dict[str, Any]) -> EngineConfig:
     )
     for steps in ("denoising_steps", "first_chunk_denoising_steps"):
         variant[steps] = None if variant[steps] is None else tuple(variant[steps])
-    return EngineConfig(**{**fields, "variant": Variant(**variant), "geometry": Geometry(**fields["geometry"])})
+    plan = fields["plan"]
+    if plan is not None:
+        plan = PlanOptions(**{**plan, "compute_capabilities": tuple(plan["compute_capabilities"])})
+    geometry = Geometry(**fields["geometry"])
+    return EngineConfig(**{**fields, "variant": Variant(**variant), "geometry": geometry, "plan": plan})
 
 
 def _network(fields: dict[str, Any]) -> NetworkSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from causal_forcing.runtime.backends import choose_backend, choose_precision
+from causal_forcing.runtime.backends import choose_backend, choose_plan, choose_precision
 from causal_forcing.runtime.config import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_REVISION,
@@ -16,8 +16,9 @@ from causal_forcing.runtime.config import (
     op_digest,
     package_version,
 )
-from causal_forcing.runtime.errors import EngineMismatchError
+from causal_forcing.runtime.errors import EngineMismatchError, UsageError
 from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest
+from causal_forcing.runtime.spec import Geometry
 
 
 def default_root() -> Path:
@@ -47,29 +48,51 @@ def weights_identity(options: EngineOptions) -> str | None:
     )
 
 
-def resolve_engine(options: EngineOptions, *, weights: str, device: str = "auto") -> EngineConfig:
+def resolve_engine(
+    options: EngineOptions, *, weights: str, device: str = "auto", for_build: bool = False
+) -> EngineConfig:
     """Complete the options.
 
     Args:
         options: What the user gave.
         weights: Identity of the weights.
         device: Where the engine is going to run; decides `auto` and the default precision.
+        for_build: Whether the engine is only built here, perhaps for another machine.
 
     Raises:
         UsageError: Options that do not go together.
         BackendUnavailableError: The backend cannot be used here.
     """
-    backend, _ = choose_backend(options.backend, device)
+    backend, _ = choose_backend(options.backend, device, for_build=for_build)
+    geometry = options.geometry()
+    precision = choose_precision(backend, options.precision, device)
+    if backend.name == "tensorrt-rtx":
+        _check_native_ring(geometry)
     return EngineConfig(
         variant=options.variant(),
-        geometry=options.geometry(),
+        geometry=geometry,
         backend=backend.name,
         backend_version=backend.artefact_version(),
-        precision=choose_precision(backend, options.precision, device),
+        precision=precision,
         decoder=options.decoder,
         weights=weights,
+        plan=choose_plan(backend, options, precision, device),
         package_version=package_version(),
         op_digest=op_digest(),
+    )
+
+
+def _check_native_ring(geometry: Geometry) -> None:
+    """Check that every chunk lands in consecutive slots: a native cache update writes one run of them."""
+    if geometry.ring_is_chunk_aligned:
+        return
+    chunk = geometry.chunk_frames
+    sink = geometry.sink_frames // chunk * chunk
+    window = max(geometry.window_frames // chunk * chunk, sink + chunk)
+    raise UsageError(
+        f"a window of {geometry.window_frames} latent frames with {geometry.sink_frames} sink frames lets chunks of "
+        f"{chunk} wrap around the cache, which native TensorRT-RTX layers cannot write: use --window-frames {window} "
+        f"--sink-frames {sink}, or another backend"
     )
 
 
