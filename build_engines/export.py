@@ -15,7 +15,8 @@ import torch
 
 from causal_forcing.build_engines.networks import Network, example_inputs
 from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
-from causal_forcing.plugins.onnx_function import OPSET, function_body, translation_table
+from causal_forcing.plugins.onnx_bodies import OPSET, function_body
+from causal_forcing.plugins.onnx_function import translation_table
 
 IR_VERSION = 11
 """ONNX IR of opset 24's era; the exporter writes 10."""

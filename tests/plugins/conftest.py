@@ -12,7 +12,7 @@ import torch
 from onnx import helper
 
 from causal_forcing.plugins.contract import DOMAIN, INPUTS, ONNX_NAME, OUTPUTS, PLUGIN_VERSION
-from causal_forcing.plugins.onnx_function import OPSET, function_body
+from causal_forcing.plugins.onnx_bodies import OPSET, function_body
 
 OneNodeModel = Callable[..., onnx.ModelProto]
 
