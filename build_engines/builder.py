@@ -22,7 +22,8 @@ from causal_forcing.build_engines.networks import (
     decoder_networks,
     dit_networks,
     encoder_networks,
-    text_network,
+    text_network_names,
+    text_networks,
 )
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
 from causal_forcing.runtime.config import EngineConfig
@@ -67,7 +68,7 @@ def network_names(variant: Variant, parts: tuple[str, ...] = ALL_PARTS) -> list[
         if variant.takes_image:
             names += ["vae_encoder_first", "vae_encoder"]
     if "text_encoder" in parts:
-        names += ["text_encoder"]
+        names += text_network_names(variant.model.text)
     return names
 
 
@@ -131,7 +132,8 @@ def cut_networks(job: BuildJob) -> Iterator[Network]:
         del vae
         gc.collect()
     if "text_encoder" in job.parts:
-        yield text_network(job.source.text_encoder(), variant.model.dit, geometry, precision=config.dtype)
+        text, dit = variant.model.text, variant.model.dit
+        yield from text_networks(job.source, text, dit, geometry, precision=config.dtype)
 
 
 def _save(network: Network, config: EngineConfig, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -10,7 +11,13 @@ from torch import nn
 
 from causal_forcing.build_engines.checkpoint import load_into, read_state_dict, verify_state_dict
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.models.text_encoder import TextEncoder, load_text_encoder, upstream_shapes
+from causal_forcing.build_engines.models.text_encoder import (
+    TextEncoder,
+    TextEncoderPart,
+    load_text_encoder,
+    split_stages,
+    upstream_shapes,
+)
 from causal_forcing.build_engines.models.vae import WanVAE
 from causal_forcing.build_engines.random_weights import randomise
 from causal_forcing.build_engines.weights import WeightFiles
@@ -30,8 +37,8 @@ class ModelSource(Protocol):
     def vae(self) -> WanVAE:
         """Load the video autoencoder."""
 
-    def text_encoder(self) -> TextEncoder:
-        """Load the prompt encoder."""
+    def text_encoder_parts(self, max_parameters: int) -> Iterator[TextEncoder | TextEncoderPart]:
+        """Load the prompt encoder: in parts of at most that many parameters, or whole where it has no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,10 @@ class HollowModels:
         with torch.device("meta"):
             return TextEncoder(self.model.text, max_tokens=self.model.dit.text_len).to(self.dtype)
 
+    def text_encoder_parts(self, max_parameters: int) -> Iterator[TextEncoder | TextEncoderPart]:
+        """See `ModelSource.text_encoder_parts`."""
+        yield from _split(self.text_encoder(), self.model, max_parameters)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomModels:
@@ -81,6 +92,12 @@ class RandomModels:
     def text_encoder(self) -> TextEncoder:
         """See `ModelSource.text_encoder`."""
         return self._fill(self._hollow().text_encoder())
+
+    def text_encoder_parts(self, max_parameters: int) -> Iterator[TextEncoder | TextEncoderPart]:
+        """See `ModelSource.text_encoder_parts`; a part is drawn when it is asked for, and is the taker's to let go."""
+        parts = list(self._hollow().text_encoder_parts(max_parameters))
+        while parts:
+            yield self._fill(parts.pop(0))
 
     def _hollow(self) -> HollowModels:
         return HollowModels(model=self.model, dtype=self.dtype)
@@ -139,5 +156,15 @@ class ReleasedModels:
         state = read_state_dict(self.files.text_encoder)
         return load_text_encoder(state, model.text, dtype=self.dtype, max_tokens=model.dit.text_len)
 
+    def text_encoder_parts(self, max_parameters: int) -> Iterator[TextEncoder | TextEncoderPart]:
+        """See `ModelSource.text_encoder_parts`."""
+        yield from _split(self.text_encoder(), self.variant.model, max_parameters)
+
     def _hollow(self) -> HollowModels:
         return HollowModels(model=self.variant.model, dtype=self.dtype)
+
+
+def _split(encoder: TextEncoder, model: ModelSpec, max_parameters: int) -> list[TextEncoder | TextEncoderPart]:
+    """Return the parts of an encoder, which share its modules: once it is let go, each keeps its own alone."""
+    parts = split_stages(model.text, max_parameters)
+    return [encoder] if len(parts) == 1 else [TextEncoderPart(encoder, stages) for stages in parts]

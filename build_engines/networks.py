@@ -2,7 +2,7 @@
 
 | network | from | to |
 |---|---|---|
-| `text_encoder` | token ids and mask | prompt embedding |
+| `text_encoder`, or `text_encoder_1`, `text_encoder_2`, … | token ids and mask | prompt embedding |
 | `prompt_kv` | prompt embedding | every layer's cross-attention keys and values |
 | `timestep_modulation` | timestep embeddings | modulation tables |
 | `dit_step` | noisy latent chunk | its flow; keys and values into the cache |
@@ -13,14 +13,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
-from causal_forcing.build_engines.models.text_encoder import TextEncoder
+from causal_forcing.build_engines.models.text_encoder import split_stages
 from causal_forcing.build_engines.models.vae import (
     VAEDecoder,
     VAEDecoderFirst,
@@ -36,9 +37,14 @@ from causal_forcing.runtime.spec import (
     Geometry,
     IOTensor,
     NetworkSpec,
+    TextSpec,
     VAESpec,
     frame_count,
 )
+
+TEXT_NETWORK_PARAMETERS = 1_600_000_000
+"""Most parameters of a network of the text encoder: a little more than the DiT has, so that what compiles one compiles
+the other. Compiling takes three to four times a network's weights in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +102,50 @@ def dit_networks(dit: CausalDiT, geometry: Geometry, *, precision: str, timestep
     ]
 
 
-def text_network(text_encoder: TextEncoder, dit: DiTSpec, geometry: Geometry, *, precision: str) -> Network:
-    """Describe the prompt encoder, which makes what the DiT attends to."""
+def text_networks(
+    source: ModelSource,
+    text: TextSpec,
+    dit: DiTSpec,
+    geometry: Geometry,
+    *,
+    precision: str,
+    max_parameters: int = TEXT_NETWORK_PARAMETERS,
+) -> Iterator[Network]:
+    """Describe the prompt encoder, which makes what the DiT attends to: one network, or several in a row.
+
+    They are loaded one at a time where their source can.
+
+    Args:
+        source: Where the encoder comes from.
+        text: Its sizes.
+        dit: The model that reads the prompt embedding.
+        geometry: Shapes to fix.
+        precision: Dtype of activations.
+        max_parameters: The encoder is split where it has more.
+    """
     shape = (geometry.batch, dit.text_len)
-    return Network(
-        spec=NetworkSpec(
-            name="text_encoder",
-            inputs=(
-                IOTensor(name="token_ids", shape=shape, dtype="int64"),
-                IOTensor(name="token_mask", shape=shape, dtype="int64"),
-            ),
-            outputs=(IOTensor(name="prompt_embeds", shape=(*shape, dit.text_dim), dtype=precision),),
+    token_mask = IOTensor(name="token_mask", shape=shape, dtype="int64")
+    # Numbered, so that no engine reads the buffer that it writes.
+    chain = [
+        IOTensor(name="token_ids", shape=shape, dtype="int64"),
+        *(
+            IOTensor(name=f"text_hidden_{index}", shape=(*shape, text.dim), dtype=precision)
+            for index in range(1, len(split_stages(text, max_parameters)))
         ),
-        module=text_encoder,
-    )
+        IOTensor(name="prompt_embeds", shape=(*shape, dit.text_dim), dtype=precision),
+    ]
+    names = text_network_names(text, max_parameters)
+    for index, module in enumerate(source.text_encoder_parts(max_parameters)):
+        yield Network(
+            spec=NetworkSpec(name=names[index], inputs=(chain[index], token_mask), outputs=(chain[index + 1],)),
+            module=module,
+        )
+
+
+def text_network_names(text: TextSpec, max_parameters: int = TEXT_NETWORK_PARAMETERS) -> list[str]:
+    """Return the names of the prompt encoder's networks, in the order in which they run."""
+    count = len(split_stages(text, max_parameters))
+    return ["text_encoder"] if count == 1 else [f"text_encoder_{index}" for index in range(1, count + 1)]
 
 
 def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list[Network]:

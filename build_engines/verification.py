@@ -88,10 +88,11 @@ def make_inputs(spec: NetworkSpec, geometry: Geometry, model: ModelSpec, seed: i
             rows=geometry.token_rows,
             columns=geometry.token_columns,
         ).place(start)
-    if "token_ids" in inputs:
-        shape = inputs["token_ids"].shape
-        inputs["token_ids"] = torch.randint(model.text.vocab_size, shape, generator=generator)
+    if "token_mask" in inputs:
+        shape = inputs["token_mask"].shape
         inputs["token_mask"] = (torch.arange(shape[1]) < shape[1] // 3).long().expand(shape).contiguous()
+    if "token_ids" in inputs:
+        inputs["token_ids"] = torch.randint(model.text.vocab_size, inputs["token_ids"].shape, generator=generator)
     return inputs
 
 

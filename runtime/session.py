@@ -218,8 +218,9 @@ class VideoSession:
         self._engines.engines["prompt_kv"].enqueue()
 
     def _encode_text(self, prompt: str) -> None:
-        text_encoder = self._engines.engines.get("text_encoder")
-        if text_encoder is None:
+        # One engine, or several that hand on hidden states: `text_encoder_1`, `text_encoder_2`, …
+        text_encoders = [engine for name, engine in self._engines.engines.items() if name.startswith("text_encoder")]
+        if not text_encoders:
             raise PromptError("this engine has no text encoder: give a prompt embedding, or rebuild it with cf-build")
         if not clean_prompt(prompt):
             raise PromptError("the prompt is empty: say what to show, as in --prompt 'a cat on a beach'")
@@ -236,7 +237,8 @@ class VideoSession:
             )
         self._io["token_ids"].copy_(torch.from_numpy(tokenized.token_ids))
         self._io["token_mask"].copy_(torch.from_numpy(tokenized.token_mask))
-        text_encoder.enqueue()
+        for text_encoder in text_encoders:
+            text_encoder.enqueue()
 
     def _encode_image(self, image: npt.NDArray[np.float32]) -> torch.Tensor:
         expected = tuple(self._io["image"].shape)

@@ -70,13 +70,61 @@ class TextEncoder(nn.Module):
             prompt_embeds: [B, T, dim] in the weights' dtype, rows of padding zero.
         """
         is_token = token_mask != 0
-        dtype = self.encoder.embed_tokens.weight.dtype
         # Ready-made and 4-D, the mask passes transformers' mask code untouched, which would branch on its values.
-        bias = torch.where(is_token, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None, :]
+        bias = _attention_bias(is_token, self.encoder.embed_tokens.weight.dtype)
         hidden = self.encoder(input_ids=token_ids, attention_mask=bias).last_hidden_state
-        zero = torch.zeros((), dtype=dtype, device=hidden.device)
-        embeds: torch.Tensor = torch.where(is_token[:, :, None], hidden, zero)
-        return embeds
+        return _without_padding(hidden, is_token)
+
+
+class TextEncoderPart(nn.Module):
+    """Some consecutive stages of an encoder, for machines that cannot compile it whole; chained, the parts are it.
+
+    Its tensors are named as the whole encoder's, so that weights are found by the same names.
+
+    Args:
+        whole: The encoder, whose modules the part shares.
+        stages: Which of them; see `stage_parameters`.
+    """
+
+    def __init__(self, whole: TextEncoder, stages: range) -> None:
+        super().__init__()
+        stack, last = whole.encoder, len(whole.encoder.block)
+        layers = {str(stage - 1): stack.block[stage - 1] for stage in stages if stage > 0}
+        self.encoder = nn.ModuleDict({"block": nn.ModuleDict(layers)})
+        self.takes_tokens, self.gives_embeds = 0 in stages, last in stages
+        if self.takes_tokens:
+            self.encoder["embed_tokens"] = stack.embed_tokens
+        if self.gives_embeds:
+            self.encoder["final_layer_norm"] = stack.final_layer_norm
+
+    def forward(self, given: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """Run the part.
+
+        Args:
+            given: What the part before gave, [B, T, dim] in the weights' dtype; to the first part, token ids [B, T]
+                int64.
+            token_mask: [B, T] int64, 1 for tokens and 0 for padding.
+
+        Returns:
+            Hidden states [B, T, dim] in the weights' dtype; of the last part, prompt_embeds, rows of padding zero.
+        """
+        is_token = token_mask != 0
+        hidden: torch.Tensor = self.encoder["embed_tokens"](given) if self.takes_tokens else given
+        bias = _attention_bias(is_token, hidden.dtype)
+        layers: Any = self.encoder["block"]
+        for layer in layers.values():
+            hidden = layer(hidden, bias)
+        return _without_padding(self.encoder["final_layer_norm"](hidden), is_token) if self.gives_embeds else hidden
+
+
+def _attention_bias(is_token: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what to add to attention scores so that none falls on padding: [B, 1, 1, T] of a mask [B, T]."""
+    return torch.where(is_token, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None, :]
+
+
+def _without_padding(hidden: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Return hidden states [B, T, dim] with rows of padding zero, by a mask [B, T]."""
+    return torch.where(is_token[:, :, None], hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
 
 
 class PositionBuckets:
@@ -113,6 +161,26 @@ def _bucket(distance: int, count: int, max_distance: int) -> int:
     # The margin keeps whole numbers whole; the next distance is at least 1e-3 away.
     steps = math.log(distance / exact) / math.log(max_distance / exact) * (count - exact)
     return min(count - 1, exact + math.floor(steps + 1e-9))
+
+
+def stage_parameters(spec: TextSpec) -> list[int]:
+    """Return the parameters of each stage of an encoder: token embedding, layer 1, …, last layer and final norm."""
+    layer = 4 * spec.dim * spec.attention_dim + 3 * spec.dim * spec.ffn_dim
+    layer += 2 * spec.dim + spec.num_buckets * spec.num_heads
+    stages = [spec.vocab_size * spec.dim] + [layer] * spec.num_layers
+    stages[-1] += spec.dim
+    return stages
+
+
+def split_stages(spec: TextSpec, max_parameters: int) -> list[range]:
+    """Group the stages of an encoder into parts of at most that many parameters; a larger stage is a part alone."""
+    parts, start, total = [], 0, 0
+    for stage, parameters in enumerate(stage_parameters(spec)):
+        if stage > start and total + parameters > max_parameters:
+            parts.append(range(start, stage))
+            start, total = stage, 0
+        total += parameters
+    return [*parts, range(start, spec.num_layers + 1)]
 
 
 def upstream_names(spec: TextSpec) -> dict[str, str]:

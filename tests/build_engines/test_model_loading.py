@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from causal_forcing.build_engines.model_loading import HollowModels, RandomModels, ReleasedModels
+from causal_forcing.build_engines.model_loading import HollowModels, ModelSource, RandomModels, ReleasedModels
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.errors import CheckpointError
 from causal_forcing.runtime.spec import TINY, DiTSpec, ModelSpec, TextSpec, Variant
@@ -99,6 +100,29 @@ def test_random_models_leave_no_parameter_hollow() -> None:
             assert not tensor.is_meta, name
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float16}
         assert not module.training
+
+
+@pytest.mark.parametrize("kind", ["released", "random"])
+def test_parts_of_a_text_encoder_hold_what_the_whole_one_holds(golden: Path, kind: str) -> None:
+    models: ModelSource
+    if kind == "released":
+        whole, models = released(golden).text_encoder(), released(golden)
+    else:
+        random = RandomModels(model=TINY, seed=0, dtype=torch.float32)
+        whole, models = random.text_encoder(), random
+    for max_parameters, count in ((1, len(whole.encoder.block) + 1), (10**9, 1)):
+        parts = list(models.text_encoder_parts(max_parameters))
+        assert len(parts) == count
+        tensors = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
+        assert tensors.keys() == whole.state_dict().keys()
+        assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in tensors.items())
+
+
+def test_random_text_encoder_is_drawn_a_part_at_a_time() -> None:
+    parts = RandomModels(model=TINY, seed=0, dtype=torch.float32).text_encoder_parts(1)
+    first = weakref.ref(next(parts))
+    next(parts)
+    assert first() is None
 
 
 def test_random_and_hollow_models_have_the_parameters_of_the_released_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networks, network_names
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels
-from causal_forcing.build_engines.networks import Network, example_inputs
+from causal_forcing.build_engines.networks import Network, example_inputs, text_network_names, text_networks
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import TINY, VARIANTS, Variant
+from causal_forcing.runtime.spec import SHAPES, TINY, VARIANTS, WAN21_T2V_1_3B, Variant
 
 
 def find_network(networks: Iterable[Network], name: str) -> Network:
@@ -123,6 +124,23 @@ def test_modulation_network_has_a_row_for_each_timestep_of_the_schedule() -> Non
     config: EngineConfig = dataclasses.replace(base.config, variant=two_step)
     network = find_network(cut_networks(dataclasses.replace(base, config=config)), "timestep_modulation")
     assert network.spec.inputs[0].shape == (5, TINY.dit.freq_dim)
+
+
+def test_text_networks_of_a_split_encoder_hand_on_numbered_hidden_states() -> None:
+    base = job("tiny", batch=2, hollow=True)
+    geometry, text, dit = base.config.geometry, TINY.text, TINY.dit
+    networks = list(text_networks(base.source, text, dit, geometry, precision="bfloat16", max_parameters=1))
+    assert [network.spec.name for network in networks] == ["text_encoder_1", "text_encoder_2", "text_encoder_3"]
+    assert [network.spec.name for network in networks] == text_network_names(text, 1)
+    names = ["token_ids", "text_hidden_1", "text_hidden_2", "prompt_embeds"]
+    for network, (given, gives) in zip(networks, itertools.pairwise(names), strict=True):
+        assert [io.name for io in network.spec.inputs] == [given, "token_mask"]
+        assert [(io.name, io.shape, io.dtype) for io in network.spec.outputs] == [(gives, (2, 512, 32), "bfloat16")]
+
+
+def test_text_networks_of_the_released_encoder_are_four_and_of_a_small_one_is_one() -> None:
+    assert text_network_names(WAN21_T2V_1_3B.text) == [f"text_encoder_{index}" for index in (1, 2, 3, 4)]
+    assert text_network_names(TINY.text) == text_network_names(SHAPES.text) == ["text_encoder"]
 
 
 def test_hollow_networks_hold_no_memory_but_know_their_sizes() -> None:

@@ -14,7 +14,10 @@ from causal_forcing.build_engines.checkpoint import StateDictMismatchError, read
 from causal_forcing.build_engines.models.text_encoder import (
     PositionBuckets,
     TextEncoder,
+    TextEncoderPart,
     load_text_encoder,
+    split_stages,
+    stage_parameters,
     upstream_names,
     upstream_shapes,
 )
@@ -37,6 +40,10 @@ def tiny_encoder(dtype: torch.dtype = torch.float32) -> TextEncoder:
         encoder = TextEncoder(TINY.text)
     randomise(encoder, 0, dtype=dtype)
     return encoder
+
+
+def parameters_of(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def prompt(tokens: int, length: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,6 +142,57 @@ def test_text_encoder_exported_graph_is_static_and_runs_alike_in_onnx_runtime(tm
             expected = encoder(ids, mask)
         (embeds,) = session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))
         assert (torch.from_numpy(embeds) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", [TINY.text, WAN21_T2V_1_3B.text], ids=["tiny", "real"])
+def test_stage_parameters_are_counted_as_the_module_has_them(spec: TextSpec) -> None:
+    with torch.device("meta"):
+        whole = TextEncoder(spec)
+    stages = stage_parameters(spec)
+    assert sum(stages) == parameters_of(whole)
+    for stage, parameters in enumerate(stages):
+        assert parameters == parameters_of(TextEncoderPart(whole, range(stage, stage + 1))), stage
+
+
+def test_stages_of_the_real_encoder_make_four_parts_of_the_denoisers_size() -> None:
+    parts = split_stages(WAN21_T2V_1_3B.text, 1_600_000_000)
+    assert parts == [range(3), range(3, 11), range(11, 19), range(19, 25)]
+
+
+@pytest.mark.parametrize("max_parameters", [1, 4_000, 20_000, 25_000, 45_000, 10**9])
+def test_stages_are_split_in_order_into_parts_within_the_limit(max_parameters: int) -> None:
+    stages = stage_parameters(GOLDEN_SPEC)
+    parts = split_stages(GOLDEN_SPEC, max_parameters)
+    assert [stage for part in parts for stage in part] == list(range(len(stages)))
+    totals = [sum(stages[stage] for stage in part) for part in parts]
+    assert all(total <= max_parameters or len(part) == 1 for total, part in zip(totals, parts, strict=True))
+    # No part has room for the stage that follows it.
+    followed = zip(totals, parts[1:], strict=False)
+    assert all(total + stages[part.start] > max_parameters for total, part in followed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("max_parameters", [1, 25_000, 10**9])
+def test_parts_in_a_row_are_the_encoder_to_the_last_bit(golden: Path, max_parameters: int, dtype: torch.dtype) -> None:
+    whole = golden_encoder(golden, dtype=dtype)
+    parts = [TextEncoderPart(whole, stages) for stages in split_stages(GOLDEN_SPEC, max_parameters)]
+    assert len(parts) == {1: 4, 25_000: 2, 10**9: 1}[max_parameters]
+    ids, mask = prompt(100)
+    with torch.no_grad():
+        expected = whole(ids, mask)
+        given = ids
+        for part in parts:
+            given = part(given, mask)
+            assert given.dtype == dtype
+    assert torch.equal(given, expected)
+
+
+def test_parts_have_each_tensor_of_the_encoder_once_and_under_its_name() -> None:
+    whole = tiny_encoder()
+    parts = [TextEncoderPart(whole, range(stage, stage + 1)) for stage in range(3)]
+    tensors = [item for part in parts for item in part.state_dict().items()]
+    assert sorted(name for name, _ in tensors) == sorted(whole.state_dict())
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in tensors)
 
 
 def test_text_encoder_bf16_is_exported() -> None:

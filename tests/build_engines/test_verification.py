@@ -15,6 +15,7 @@ from onnx import numpy_helper
 
 from causal_forcing.build_engines import verification
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
+from causal_forcing.build_engines.networks import text_networks
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.verification import OutputComparison, make_inputs, verify
 from causal_forcing.runtime.config import EngineOptions
@@ -127,6 +128,17 @@ def test_comparison_passes_within_the_tolerance_of_the_largest_magnitude_and_nev
 def test_comparison_with_nan_on_both_sides_fails() -> None:
     nan = torch.tensor([1.0, float("nan")])
     assert not verification._compare("n", "o", nan, nan.clone(), 1e-4).passed
+
+
+def test_inputs_of_every_network_of_a_split_text_encoder_mask_the_same_tokens(job: BuildJob) -> None:
+    config = job.config
+    text, dit, geometry = TINY.text, TINY.dit, config.geometry
+    masks = [
+        make_inputs(network.spec, geometry, TINY, seed=0)["token_mask"]
+        for network in text_networks(job.source, text, dit, geometry, precision=config.dtype, max_parameters=1)
+    ]
+    assert len(masks) == 3
+    assert all(mask.tolist() == [[1] * 170 + [0] * 342] for mask in masks)
 
 
 @pytest.mark.parametrize(("window", "sink", "chunk"), [(21, 0, 3), (7, 1, 3), (3, 0, 3), (1, 0, 1), (5, 4, 1)])

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from causal_forcing.build_engines.export import export_program, save_onnx
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.vae import VAEDecoderFirst, VAEEncoderFirst
+from causal_forcing.build_engines.networks import text_networks
 from causal_forcing.runtime.decoder import NoDecoder
 from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from causal_forcing.runtime.errors import ImageError, PromptError, UsageError
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.noise import SeededNoise
@@ -362,6 +365,25 @@ def test_prompt_beyond_512_tokens_warns_with_what_was_cut(t2v: Stage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(latents_of(t2v.clip(kept, total_blocks=1)), long)
+
+
+def test_engines_of_a_split_text_encoder_run_in_order_and_give_the_clip_of_the_whole(
+    tiny_engine: Path, tmp_path: Path, short_clip: list[Chunk]
+) -> None:
+    whole = load_engines(tiny_engine, device="cpu")
+    config, source = whole.manifest.config, RandomModels(model=TINY, seed=0, dtype=torch.float32)
+    parts = {}
+    for network in text_networks(
+        source, TINY.text, TINY.dit, config.geometry, precision=config.dtype, max_parameters=1
+    ):
+        path = tmp_path / f"{network.spec.name}.onnx"
+        save_onnx(export_program(network), network, path, cache_writes=1)
+        parts[network.spec.name] = OnnxRuntimeEngine(network.spec, path)
+    others = {name: engine for name, engine in whole.engines.items() if name != "text_encoder"}
+    stage = Stage(dataclasses.replace(whole, engines={**others, **parts}))
+    chunks = stage.session.generate(PROMPT, total_blocks=3)
+    assert stage.calls[-4:] == ["text_encoder_1", "text_encoder_2", "text_encoder_3", "prompt_kv"]
+    assert torch.equal(pixels_of(list(chunks)), pixels_of(short_clip))
 
 
 def test_engines_without_a_text_encoder_take_embeddings_and_refuse_text(tiny_engine: Path) -> None:
