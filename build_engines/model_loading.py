@@ -37,6 +37,9 @@ class ModelSource(Protocol):
     def vae(self) -> WanVAE:
         """Load the video autoencoder."""
 
+    def text_encoder(self) -> TextEncoder:
+        """Load the prompt encoder."""
+
     def text_encoder_parts(self, max_parameters: int) -> Iterator[TextEncoder | TextEncoderPart]:
         """Load the prompt encoder: in parts of at most that many parameters, or whole where it has no more."""
 
