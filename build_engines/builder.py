@@ -133,7 +133,9 @@ def cut_networks(job: BuildJob) -> Iterator[Network]:
         gc.collect()
     if "text_encoder" in job.parts:
         text, dit = variant.model.text, variant.model.dit
-        yield from text_networks(job.source, text, dit, geometry, precision=config.dtype)
+        for network in text_networks(job.source, text, dit, geometry, precision=config.dtype):
+            yield network
+            gc.collect()  # what exporting a part left behind, before the next part is loaded
 
 
 def _save(network: Network, config: EngineConfig, folder: Path) -> str:
