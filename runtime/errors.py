@@ -7,6 +7,7 @@
     │   ├── ImageError                             missing, unreadable or unfit conditioning image
     │   ├── CheckpointError                        unreadable, unsafe or misfitting weights
     │   └── RecordError                            unreadable or incompatible clip record
+    ├── PlanError                         exit 1   TensorRT makes no plan of a graph, or not the plan that was asked for
     └── RequirementError                  exit 3   the request is right, this machine or folder cannot serve it
         ├── BackendUnavailableError                no usable backend, or the chosen one is not installed
         ├── WeightsMissingError                    released weights are neither here nor downloadable
@@ -71,6 +72,10 @@ class CheckpointError(UsageError):
 
 class RecordError(UsageError):
     """A clip record that cannot be read or repeated."""
+
+
+class PlanError(CausalForcingError):
+    """TensorRT cannot make a plan of an exported graph, or would make another than was asked for."""
 
 
 class RequirementError(CausalForcingError):

@@ -420,6 +420,11 @@ class IOTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        """Size in memory."""
+        return self.elements * {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}[self.dtype]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:

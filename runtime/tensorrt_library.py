@@ -1,6 +1,7 @@
 """TensorRT in either flavour: the module, chosen once by the backend's name, its one logger, and its errors as text.
 
-`tensorrt` and `tensorrt_rtx` have nearly the same API, so all code takes the module from here and none imports it.
+`tensorrt` and `tensorrt_rtx` have nearly the same API, so all code takes the module from here and none imports it. Its
+objects are `Any`: the type stubs that exist are of 10.13, and older than half of what is called.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.errors import BackendUnavailableError, CausalForcingError
 
 LOGGER = logging.getLogger("causal_forcing.tensorrt")
-"""Where TensorRT's own messages go."""
+"""Where TensorRT's own messages go; nowhere, if nobody listens."""
+LOGGER.addHandler(logging.NullHandler())
+
+DTYPES = {
+    "float32": "FLOAT",
+    "bfloat16": "BF16",
+    "float16": "HALF",
+    "float8_e4m3fn": "FP8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+}
+"""Element type to TensorRT's name of it."""
 
 Result = TypeVar("Result")
 
@@ -36,7 +49,10 @@ class TensorRTLibrary:
     logger: Any
     """Its one logger: TensorRT keeps the first that it is given, for the whole process."""
     recorder: Any
-    """Its error recorder, for builders, networks, runtimes and contexts alike."""
+    """Its error recorder, for builders and runtimes; what they make inherits it.
+
+    A builder is given it after its network's `OnnxParser` was made, never before: a parser made on a network that has
+    a recorder ends in a segmentation fault when the network is freed (TensorRT-RTX 1.7.1)."""
 
     @property
     def is_rtx(self) -> bool:
@@ -63,12 +79,26 @@ class TensorRTLibrary:
         Raises:
             TensorRTError: It failed.
         """
+        return self.check(self._call(call, what), what)
+
+    def perform(self, call: Callable[[], object], what: str) -> None:
+        """Make a call that returns nothing: it failed if it raises, or if the recorder notes an error meanwhile.
+
+        Raises:
+            TensorRTError: It failed.
+        """
+        self.recorder.clear()
+        self._call(call, what)
+        if self.recorder.num_errors():
+            self.check(None, what)
+
+    def _call(self, call: Callable[[], Result], what: str) -> Result:
         try:
-            result = call()
+            return call()
         except (RuntimeError, TypeError, ValueError) as error:
-            text = " ".join(str(error).split())
-            raise TensorRTError(f"{self.trt.__name__} cannot {what}: {text}; {self.recorder.text()}") from error
-        return self.check(result, what)
+            raised = " ".join(str(error).split())
+            texts = [text for text in (raised, self.recorder.text()) if text]
+            raise TensorRTError(f"{self.trt.__name__} cannot {what}: {'; '.join(texts)}") from error
 
 
 @functools.cache
@@ -82,14 +112,16 @@ def load_library(backend: str) -> TensorRTLibrary:
         BackendUnavailableError: It is not installed, or its libraries cannot be loaded.
     """
     described = BACKENDS[backend]
+    fix = f"pip install --upgrade {described.distributions[0]}"
     try:
         trt = importlib.import_module(described.module)
     except Exception as error:  # a package without its libraries raises whatever its loader does
         text = " ".join(str(error).split())
         raise BackendUnavailableError(
-            f"{described.module} cannot be imported ({type(error).__name__}: {text}): "
-            f"pip install --upgrade {described.distributions[0]}"
+            f"{described.module} cannot be imported ({type(error).__name__}: {text}): {fix}"
         ) from error
+    if not hasattr(trt, "Runtime"):  # a folder of that name, or type stubs, imports as an empty package
+        raise BackendUnavailableError(f"{described.module} is a package without the library: {fix}")
     return TensorRTLibrary(backend=backend, trt=trt, logger=_make_logger(trt), recorder=_make_recorder(trt))
 
 
@@ -141,9 +173,9 @@ def _make_recorder(trt: Any) -> Any:
             return False
 
         def text(self) -> str:
-            """Return what was noted since the last time, in one line."""
+            """Return what was noted since the last time, in one line, and forget it."""
             noted = "; ".join(dict.fromkeys(" ".join(text.split()) for _, text in self._errors))
-            self._errors.clear()
+            self.clear()
             return noted
 
     return Recorder()
