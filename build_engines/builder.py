@@ -25,6 +25,8 @@ from causal_forcing.build_engines.networks import (
     text_network_names,
     text_networks,
 )
+from causal_forcing.build_engines.quantization.calibration import calibrate
+from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.errors import BuildLockedError, OutputError
@@ -90,7 +92,8 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
     with _locked(folder), _writing(folder) as partial:
         started_s = time.monotonic()
         networks, artefacts, seconds = [], {}, {}
-        for network in cut_networks(job):
+        recipe, quantization = _quantize(job, partial)
+        for network in cut_networks(job, recipe):
             progress(network.spec.name)
             network_started_s = time.monotonic()
             artefacts[network.spec.name] = _save(network, job.config, partial)
@@ -108,6 +111,7 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
                 "seconds": round(time.monotonic() - started_s, 3),
                 "network_seconds": seconds,
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
+                **quantization,
                 **(job.provenance or {}),
             },
         )
@@ -115,14 +119,23 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
         return manifest
 
 
-def cut_networks(job: BuildJob) -> Iterator[Network]:
-    """Yield the job's networks, one model in memory at a time."""
+def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Network]:
+    """Yield the job's networks, one model in memory at a time.
+
+    Args:
+        job: What to cut.
+        recipe: What of the DiT is quantised, and how; None leaves it whole.
+    """
     config = job.config
     geometry, variant = config.geometry, config.variant
     wanted = network_names(variant, job.parts)
     if "dit" in job.parts:
         timesteps = plan_variant(variant).timesteps
-        yield from dit_networks(job.source.dit(), geometry, precision=config.dtype, timesteps=len(timesteps))
+        denoiser = job.source.dit()
+        if recipe is not None:
+            recipe.apply(denoiser)
+        yield from dit_networks(denoiser, geometry, precision=config.dtype, timesteps=len(timesteps))
+        del denoiser
         gc.collect()
     if "vae" in job.parts:
         vae = job.source.vae()
@@ -136,6 +149,16 @@ def cut_networks(job: BuildJob) -> Iterator[Network]:
         for network in text_networks(job.source, text, dit, geometry, precision=config.dtype):
             yield network
             gc.collect()  # what exporting a part left behind, before the next part is loaded
+
+
+def _quantize(job: BuildJob, folder: Path) -> tuple[Recipe | None, dict[str, Any]]:
+    """Calibrate an fp8 job and leave its recipe in the folder; returns the recipe, and what the manifest says of it."""
+    if job.config.precision != "fp8" or "dit" not in job.parts:
+        return None, {}
+    calibration = calibrate(job.source, job.config, job.tokenizer)
+    gc.collect()
+    calibration.recipe.write(folder)
+    return calibration.recipe, {"quantization": calibration.record}
 
 
 def _save(network: Network, config: EngineConfig, folder: Path) -> str:
