@@ -25,6 +25,7 @@ from causal_forcing.build_engines.networks import (
     text_network_names,
     text_networks,
 )
+from causal_forcing.build_engines.plans.plan_set import PlanProgress, compile_plans
 from causal_forcing.build_engines.quantization.calibration import calibrate
 from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
@@ -38,7 +39,8 @@ from causal_forcing.runtime.spec import Variant
 ALL_PARTS = ("dit", "vae", "text_encoder")
 """Models that an engine's networks are cut from."""
 
-_ARTEFACT_SUFFIX = {"onnxruntime": ".onnx", "torch": ".pt2"}
+_ARTEFACT_SUFFIX = {"onnxruntime": ".onnx", "torch": ".pt2", "tensorrt": ".onnx", "tensorrt-rtx": ".onnx"}
+"""What a network is exported to; plans are compiled from it afterwards."""
 
 Progress = Callable[[str], None]
 """Called with a network's name when its export begins."""
@@ -74,7 +76,13 @@ def network_names(variant: Variant, parts: tuple[str, ...] = ALL_PARTS) -> list[
     return names
 
 
-def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None) -> Manifest:
+def build(
+    job: BuildJob,
+    folder: Path,
+    *,
+    progress: Progress = lambda name: None,
+    plan_progress: PlanProgress = lambda name, tree: None,
+) -> Manifest:
     """Build an engine directory.
 
     The directory appears under its name only when it is complete: a build that fails or is killed leaves nothing but a
@@ -84,10 +92,12 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
         job: What to build, from what.
         folder: The directory to make; an existing one is replaced at the very end.
         progress: Told each network's name as its export begins.
+        plan_progress: Told how far the compiling of each network is.
 
     Raises:
         BuildLockedError: Another process builds the same directory.
         OutputError: The directory cannot be written.
+        PlanError: TensorRT does not compile a network as it was asked to.
     """
     with _locked(folder), _writing(folder) as partial:
         started_s = time.monotonic()
@@ -99,6 +109,16 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
             artefacts[network.spec.name] = _save(network, job.config, partial)
             seconds[network.spec.name] = round(time.monotonic() - network_started_s, 3)
             networks.append(network.spec)
+        plans = {}
+        if job.config.plan is not None:
+            # Only now, when no model is in memory any more: compiling takes several times a network's weights.
+            # Not from the engine that is being replaced: whoever builds it again does not trust it.
+            others = [manifest.parent for manifest in folder.parent.parent.glob(f"*/*/{MANIFEST_NAME}")]
+            others = [engine for engine in others if engine != folder]
+            for name, plan, record in compile_plans(
+                job.config, networks, partial, engines=others, progress=plan_progress
+            ):
+                artefacts[name], plans[name] = plan, record
         if "text_encoder" in job.parts:
             _write_tokenizer(job, partial / TOKENIZER_FOLDER)
         manifest = Manifest(
@@ -111,6 +131,7 @@ def build(job: BuildJob, folder: Path, *, progress: Progress = lambda name: None
                 "seconds": round(time.monotonic() - started_s, 3),
                 "network_seconds": seconds,
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")},
+                **({"plans": plans} if plans else {}),
                 **quantization,
                 **(job.provenance or {}),
             },

@@ -179,17 +179,14 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def _build(job: BuildJob, folder: Path, reason: str) -> None:
     """Build an engine directory and say how far it is."""
+    from causal_forcing.build_engines.build_display import BuildDisplay
     from causal_forcing.build_engines.builder import build as build_engine
     from causal_forcing.build_engines.builder import network_names
 
     config = job.config
-    names = network_names(config.variant)
     console.narrate(f"building {config.variant.slug} for {config.backend} ({reason}), {config.precision}")
-
-    def progress(name: str) -> None:
-        console.narrate(f"[{names.index(name) + 1}/{len(names)}] {name}")
-
-    manifest = build_engine(job, folder, progress=progress)
+    with BuildDisplay(network_names(config.variant)) as display:
+        manifest = build_engine(job, folder, progress=display.export, plan_progress=display.compile)
     size_bytes = sum(entry.bytes for entry in manifest.files.values())
     console.narrate(f"built in {manifest.build['seconds']} s, {_size(size_bytes)}")
 

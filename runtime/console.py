@@ -204,7 +204,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     for row in cells:
         assert len(row) == len(headers), f"a row of {len(row)} cells under {len(headers)} headers"
-    if not _is_terminal(sys.stdout):
+    if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (headers, *cells))
         print_line("\n".join("  ".join(line).rstrip() for line in padded))
@@ -221,7 +221,8 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     Console(file=sys.stdout).print(table)
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that can draw."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -282,7 +283,7 @@ class GenerationProgress:
 
     def __enter__(self) -> Self:
         self._start_s = self._clock()
-        if _is_terminal(sys.stderr):
+        if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
             from rich.table import Column

@@ -62,7 +62,9 @@ def check_network(library: TensorRTLibrary, network: Any, model: onnx.ModelProto
     ]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise PlanError(f"the plan of {job.spec.name} would not compute what was exported: {'; '.join(faults[:3])}{more}")
+        raise PlanError(
+            f"the plan of {job.spec.name} would not compute what was exported: {'; '.join(faults[:3])}{more}"
+        )
 
 
 def _io_tensor_faults(network: Any, job: PlanJob) -> Iterator[str]:
@@ -132,20 +134,15 @@ def _precision_faults(network: Any, job: PlanJob) -> Iterator[str]:
         kind = layer.type.name
         outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
         got = {tensor.dtype.name for tensor in (*_layer_inputs(layer), *outputs)} & set(_FLOATS)
-        if kind in HEAVY_LAYERS:
-            wrong = got - {compute}
-        else:
-            wrong = got - allowed
+        wrong = got - ({compute} if kind in HEAVY_LAYERS else allowed)
         if wrong:
             yield f"layer {layer.name} ({kind}) is in {', '.join(sorted(wrong))}, expected {compute} ({job.precision})"
 
 
 def _quantiser_faults(network: Any, model: onnx.ModelProto) -> Iterator[str]:
     for kind, operator in (("QUANTIZE", "QuantizeLinear"), ("DEQUANTIZE", "DequantizeLinear")):
-        bodies = {function.name: sum(node.op_type == operator for node in function.node) for function in model.functions}
-        expected = sum(
-            (node.op_type == operator) + bodies.get(node.op_type, 0) for node in model.graph.node
-        )
+        bodies = {body.name: sum(node.op_type == operator for node in body.node) for body in model.functions}
+        expected = sum((node.op_type == operator) + bodies.get(node.op_type, 0) for node in model.graph.node)
         got = sum(layer.type.name == kind for layer in layers(network))
         if got != expected:
             yield f"the graph has {expected} {operator} nodes, the network {got} {kind} layers"

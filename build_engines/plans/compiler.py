@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import resource
@@ -15,11 +14,10 @@ from typing import Any
 import filelock
 
 from causal_forcing.build_engines.plans.checks import check_network
-from causal_forcing.build_engines.plans.job import PlanJob, PlanReport, onnx_sha256, plan_fingerprint
+from causal_forcing.build_engines.plans.job import PlanJob, PlanReport
 from causal_forcing.build_engines.plans.layers import describe_network, engine_information
 from causal_forcing.build_engines.plans.lowering import parse
 from causal_forcing.build_engines.plans.progress import make_monitor
-from causal_forcing.runtime.config import op_digest
 from causal_forcing.runtime.errors import PlanError
 from causal_forcing.runtime.tensorrt_library import TensorRTLibrary, load_library
 
@@ -78,14 +76,7 @@ def compile_plan(
     information = describe_network(network, job, plan_bytes=plan.nbytes)
     information["engine"] = engine_information(library, plan)
     job.layers.write_text(json.dumps(information) + "\n", encoding="utf-8")
-    sha256 = onnx_sha256(job.onnx)
     return PlanReport(
-        fingerprint=plan_fingerprint(job, onnx_sha256=sha256, builder_version=trt.__version__),
-        onnx_sha256=sha256,
-        builder_version=trt.__version__,
-        compute_capabilities=job.options.compute_capabilities,
-        precision=job.precision,
-        op_digest=op_digest(),
         plan_bytes=plan.nbytes,
         layers=network.num_layers,
         parse_seconds=round(parsed_s - started_s, 3),
@@ -156,10 +147,3 @@ def _save_timing_cache(config: Any, path: Path) -> None:
 def _peak_memory_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def report_fields(report: PlanReport) -> dict[str, Any]:
-    """Return a report as plain JSON values."""
-    fields = dataclasses.asdict(report)
-    fields["compute_capabilities"] = list(report.compute_capabilities)
-    return fields

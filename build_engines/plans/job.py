@@ -6,8 +6,7 @@ No framework is imported: the compiling process starts with these.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,16 @@ class PlanJob:
     """The network."""
     onnx: Path
     """Its exported graph."""
+    onnx_sha256: str
+    """Hash of that and of the external weights beside it."""
     plan: Path
     """File to write."""
     layers: Path
     """File for what is known about its layers, JSON."""
     backend: str
     """`tensorrt` or `tensorrt-rtx`."""
+    builder_version: str
+    """Version of the TensorRT that compiles it."""
     precision: str
     """bf16, fp16 or fp8."""
     options: PlanOptions
@@ -39,57 +42,42 @@ class PlanJob:
     timing_cache: Path | None = None
     """File that TensorRT's timings are kept in; TensorRT-RTX has none."""
 
+    def identity(self) -> dict[str, Any]:
+        """Return everything that the plan's content depends on, as plain JSON values."""
+        options = asdict(self.options)
+        return {
+            "network": self.spec.name,
+            "onnx_sha256": self.onnx_sha256,
+            "backend": self.backend,
+            "builder_version": self.builder_version,
+            "precision": self.precision,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+            "op_digest": op_digest(),
+        }
+
+    def fingerprint(self) -> str:
+        """Return the hash of the identity: plans of one fingerprint may stand for each other."""
+        return fingerprint_of(self.identity())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """What compiling a plan took and gave; recorded in the manifest."""
+    """What compiling a plan took and gave."""
 
-    fingerprint: str
-    """Hash of all that the plan depends on."""
-    onnx_sha256: str
-    """Of the exported graph and its external weights."""
-    builder_version: str
-    """Version of the TensorRT that compiled it."""
-    compute_capabilities: tuple[int, ...]
-    """GPU generations that it runs on."""
-    precision: str
-    """bf16, fp16 or fp8."""
-    op_digest: str
-    """Hash of the op's sources, the plugin among them."""
     plan_bytes: int
     """Size of the plan."""
     layers: int
     """Layers of the network that the builder was given."""
     parse_seconds: float
-    """Time to read the graph."""
+    """Time to read and check the graph."""
     compile_seconds: float
-    """Time to build the plan, without starting the process."""
+    """Time to build the plan and write it, without starting the process."""
     peak_memory_bytes: int
     """Largest resident memory of the process."""
-    reused: bool = False
-    """Whether another engine's plan of the same fingerprint was taken."""
 
-
-def plan_fingerprint(job: PlanJob, *, onnx_sha256: str, builder_version: str) -> str:
-    """Return the hash of everything that a plan's content depends on."""
-    return fingerprint_of(plan_identity(job, onnx_sha256=onnx_sha256, builder_version=builder_version))
-
-
-def plan_identity(job: PlanJob, *, onnx_sha256: str, builder_version: str) -> Mapping[str, Any]:
-    """Return what a plan's content depends on, as plain JSON values."""
-    options = job.options
-    return {
-        "network": job.spec.name,
-        "onnx_sha256": onnx_sha256,
-        "backend": job.backend,
-        "builder_version": builder_version,
-        "precision": job.precision,
-        "compute_capabilities": list(options.compute_capabilities),
-        "optimization_level": options.optimization_level,
-        "workspace_mib": options.workspace_mib,
-        "plugin": options.plugin,
-        "op_digest": op_digest(),
-    }
+    def fields(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, for the manifest."""
+        return asdict(self)
 
 
 def onnx_sha256(path: Path) -> str:

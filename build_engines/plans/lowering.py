@@ -101,4 +101,3 @@ def _exchange_body(model: onnx.ModelProto) -> None:
 def _parser_errors(parser: Any) -> Iterator[Any]:
     for index in range(parser.num_errors):
         yield parser.get_error(index)
-

@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Event as Flag
 from causal_forcing.build_engines.plans.job import PlanJob, PlanReport
 from causal_forcing.build_engines.plans.progress import Event
 from causal_forcing.runtime.errors import CausalForcingError, PlanError
+from causal_forcing.runtime.tensorrt_library import LOGGER
 
 CANCEL_S = 10.0
 """How long a build that was cancelled may take to end by itself: TensorRT asks after every step."""
@@ -84,9 +85,8 @@ def _listen(receiver: Connection, on_event: Callable[[Event], None]) -> object:
         if kind == "event":
             on_event(content)
         elif kind == "log":
-            logger = logging.getLogger(content.name)
-            if logger.isEnabledFor(content.levelno):
-                logger.handle(content)
+            if LOGGER.isEnabledFor(content.levelno):
+                LOGGER.handle(content)
         else:
             outcome = content
 
@@ -94,9 +94,8 @@ def _listen(receiver: Connection, on_event: Callable[[Event], None]) -> object:
 def _run(job: PlanJob, sender: Connection, cancelled: Flag) -> None:
     """Compile in this process, which was made for it, and send what happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which cancels
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(_PipeHandler(sender))
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.addHandler(_PipeHandler(sender))
     from causal_forcing.build_engines.plans.compiler import compile_plan
 
     parent = multiprocessing.parent_process()
@@ -140,4 +139,3 @@ class _PipeHandler(logging.Handler):
         record.exc_info = None
         with contextlib.suppress(OSError):
             self._sender.send(("log", record))
-
