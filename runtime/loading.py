@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from causal_forcing.runtime.backends import BACKENDS, choose_backend, choose_device
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
+from causal_forcing.runtime.spec import NetworkSpec
 
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of the tokenizer inside an engine directory."""
@@ -44,32 +46,53 @@ def load_engines(folder: Path | str, *, device: str = "auto") -> EngineSet:
 
     Raises:
         EngineNotFoundError: There is none.
-        EngineMismatchError: It was built by another version, or with another op.
+        EngineMismatchError: It was built by another version, with another op, or for another GPU or TensorRT.
         EngineDamagedError: A file is missing or differs from its recorded hash.
         BackendUnavailableError: Its backend is not installed, or the device is not there.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     chosen = engine_device(manifest, device)
+    load = engine_loader(folder, manifest, chosen)  # what does not fit is refused before gigabytes are hashed
     check_files(folder, manifest)
-    engines = {network.name: load_engine(folder, manifest, network.name, chosen) for network in manifest.networks}
+    engines = {network.name: load(network.name) for network in manifest.networks}
     return EngineSet(folder=folder, manifest=manifest, engines=engines, device=chosen)
 
 
 def load_engine(folder: Path, manifest: Manifest, name: str, device: torch.device) -> Engine:
-    """Load one engine of a directory; the backend's library is imported only here.
+    """Load one engine of a directory, by itself.
 
     Raises:
+        EngineMismatchError: It is for another GPU or TensorRT.
         EngineDamagedError: The backend cannot load its file.
     """
-    spec, path = manifest.network(name), folder / manifest.artefacts[name]
-    if manifest.config.backend == "onnxruntime":
+    return engine_loader(folder, manifest, device)(name)
+
+
+def engine_loader(folder: Path, manifest: Manifest, device: torch.device) -> Callable[[str], Engine]:
+    """Return what loads the engines of a directory by name; the backend's library is imported only here.
+
+    TensorRT's engines share memory and a runtime, which the loader makes once.
+
+    Raises:
+        EngineMismatchError: They are for another GPU or TensorRT.
+        BackendUnavailableError: TensorRT cannot be loaded.
+    """
+    make: Callable[[NetworkSpec, Path], Engine]
+    if BACKENDS[manifest.config.backend].makes_plans:
+        from causal_forcing.runtime.engines.tensorrt_engine import TensorRTEngine
+        from causal_forcing.runtime.engines.tensorrt_runtime import TensorRTRuntime
+
+        make = functools.partial(TensorRTEngine, TensorRTRuntime(folder, manifest, device))
+    elif manifest.config.backend == "onnxruntime":
         from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(spec, path)
-    from causal_forcing.runtime.engines.torch_engine import TorchEngine
+        make = OnnxRuntimeEngine
+    else:
+        from causal_forcing.runtime.engines.torch_engine import TorchEngine
 
-    return TorchEngine(spec, path, device)
+        make = functools.partial(TorchEngine, device=device)
+    return lambda name: make(manifest.network(name), folder / manifest.artefacts[name])
 
 
 def engine_device(manifest: Manifest, device: str) -> torch.device:
