@@ -2,9 +2,13 @@
 
 `torch.export` wants functions without side effects, a cache wants none of its 6 GB copied; so modules call
 `kv_cache_attention` below, which picks the functional op while a graph is exported and the in-place one otherwise.
+On a CUDA GPU both launch the kernel in `kernels/`, elsewhere both run the reference.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
 
 import torch
 
@@ -26,7 +30,7 @@ def kv_cache_attention_in_place(
     scale: float,
 ) -> torch.Tensor:
     """Run the op in place; see `plugins.contract` for shapes. Returns [B, N, L, D]."""
-    return reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
+    return _run(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
 
 
 @kv_cache_attention_in_place.register_fake
@@ -47,8 +51,7 @@ def kv_cache_attention_functional(
 ) -> CacheAttentionOutputs:
     """Run the op on copies of the caches. Returns (out, k_cache, v_cache)."""
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    out = reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
-    return out, k_cache, v_cache
+    return _run(q, k, v, k_cache, v_cache, slots, valid_slots, scale), k_cache, v_cache
 
 
 @kv_cache_attention_functional.register_fake
@@ -80,6 +83,35 @@ def kv_cache_attention(
         return outputs
     out = kv_cache_attention_in_place(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
     return out, k_cache, v_cache
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Carry the op out in place, by the kernel where there is one for these tensors; returns [B, N, L, D]."""
+    if q.is_cuda and _has_triton():
+        from causal_forcing.plugins.kernels.launch import accepts, launch, shared_bytes_of
+
+        if accepts(q, k, v, k_cache, v_cache, slots, valid_slots, scale):
+            out = torch.empty_like(q)
+            with torch.cuda.device(q.device):
+                shared_bytes = shared_bytes_of(torch.cuda.current_device())
+                launch(q, k, v, k_cache, v_cache, slots, valid_slots, out, scale=scale, shared_bytes=shared_bytes)
+            return out
+    return reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Say whether Triton is installed: it comes with torch's CUDA builds for Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def write_caches_in_place(graph_module: torch.fx.GraphModule) -> None:
