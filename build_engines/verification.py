@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
-from causal_forcing.build_engines.quantization.recipe import read_recipe
+from causal_forcing.build_engines.quantization.recipe import find_recipe
 from causal_forcing.runtime.engine import Engine, IOTensors
 from causal_forcing.runtime.loading import engine_device, load_engine
 from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.spec import Geometry, ModelSpec, NetworkSpec
 
-TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "fp8": 5e-2}
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "fp8": 0.15}
 """Largest error allowed, relative to the output's largest magnitude. fp32: sums in another order, through 30 layers.
 
-fp8: the module quantises as the engine does, but a value between two e4m3 numbers may fall to either after sums in
-another order, and a step of e4m3 is an eighth of the value.
+fp8: both sides quantise alike and agree to the last bits, until sums in another order bring one value to the other side
+of an edge between two steps of e4m3, an eighth of the value. That spreads, and from some layer on both carry rounding
+noise of their own, 2 to 4 % of an output's RMS; the largest of 100,000 such errors was seen at 6 % of the largest
+magnitude. The smallest mistake in a scale, a factor of two, makes 50 %.
 """
 
 
@@ -67,8 +69,7 @@ def verify(job: BuildJob, folder: Path, *, device: str = "auto", seed: int = 0) 
     chosen = engine_device(manifest, device)
     check_files(folder, manifest)
     tolerance = TOLERANCES[job.config.precision]
-    recipe = read_recipe(folder) if job.config.precision == "fp8" and "dit" in job.parts else None
-    for network in cut_networks(job, recipe):
+    for network in cut_networks(job, find_recipe(folder)):
         name = network.spec.name
         inputs = make_inputs(network.spec, job.config.geometry, job.config.variant.model, seed)
         got = _run_engine(load_engine(folder, manifest, name, chosen), inputs, chosen)

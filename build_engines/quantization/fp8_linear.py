@@ -99,10 +99,11 @@ def translation_table() -> Mapping[Any, Callable[..., Any]]:
     def translate(x: Any, multiplier: Any, input_scale: Any, weight: Any, weight_scale: Any, bias: Any) -> Any:
         even = x if multiplier is None else op.Mul(x, multiplier)
         quantised = op.QuantizeLinear(even, input_scale, output_dtype=onnx.TensorProto.FLOAT8E4M3FN, saturate=1)
-        product = op.MatMul(
-            op.DequantizeLinear(quantised, input_scale), op.DequantizeLinear(weight, weight_scale, axis=1)
+        factors: tuple[Any, Any] = (
+            op.DequantizeLinear(quantised, input_scale),
+            op.DequantizeLinear(weight, weight_scale, axis=1),
         )
-        return op.Add(product, bias)
+        return op.Add(op.MatMul(*factors), bias)
 
     return {torch.ops.causal_forcing.fp8_linear.default: translate}
 

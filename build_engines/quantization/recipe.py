@@ -61,13 +61,15 @@ class Recipe:
         save_file(tensors, folder / RECIPE_FILE)
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """Read the recipe of an engine directory.
+def find_recipe(folder: Path) -> Recipe | None:
+    """Return the recipe of an engine directory; None where nothing in it is quantised.
 
     Raises:
-        EngineDamagedError: It is not there or not readable.
+        EngineDamagedError: It is not readable.
     """
     path = folder / RECIPE_FILE
+    if not path.exists():
+        return None
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors' own exception has no public base class
