@@ -166,14 +166,15 @@ def inspect(
 @app.command()
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Examine this machine: what can build and run engines, and what to install."""
-    from causal_forcing.runtime.doctor import TABLE_HEADERS, report_json, report_rows, run_probes, verdict
+    from causal_forcing.runtime.doctor import TABLE_HEADERS, examine, report_json, report_rows
 
-    probes = run_probes(cache_folder())
+    report = examine(cache_folder())
     if as_json:
-        console.print_json(report_json(probes))
+        console.print_json(report_json(report))
     else:
-        console.print_table(TABLE_HEADERS, report_rows(probes))
-    if not verdict(probes):
+        console.print_table(TABLE_HEADERS, report_rows(report.probes))
+        console.print_line("\n" + "\n".join(map(str, report.commands)))
+    if not report.usable:
         raise typer.Exit(3)
 
 
