@@ -34,7 +34,7 @@ from causal_forcing.runtime.errors import BuildLockedError, OutputError
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files
 from causal_forcing.runtime.schedule import plan_variant
-from causal_forcing.runtime.spec import Variant
+from causal_forcing.runtime.spec import Geometry, Variant
 
 ALL_PARTS = ("dit", "vae", "text_encoder")
 """Models that an engine's networks are cut from."""
@@ -191,14 +191,17 @@ def _save(network: Network, config: EngineConfig, folder: Path) -> str:
             f"cannot write {folder / name}: it takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
             "free some, or choose another folder with cf-build --output or CAUSAL_FORCING_HOME"
         )
-    program = export_program(network)
     if config.backend == "torch":
-        save_program(program, folder / name)
+        save_program(export_program(network), folder / name)
     else:
-        geometry = config.geometry
-        writes = 1 if geometry.ring_is_chunk_aligned else geometry.chunk_frames
-        save_onnx(program, network, folder / name, cache_writes=writes)
+        export_onnx(network, config.geometry, folder / name)
     return name
+
+
+def export_onnx(network: Network, geometry: Geometry, path: Path) -> None:
+    """Export one network to an ONNX file."""
+    writes = 1 if geometry.ring_is_chunk_aligned else geometry.chunk_frames
+    save_onnx(export_program(network), network, path, cache_writes=writes)
 
 
 def _write_tokenizer(job: BuildJob, folder: Path) -> None:

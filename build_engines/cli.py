@@ -120,19 +120,24 @@ def verify(
         console.print_json([dataclasses.asdict(comparison) for comparison in comparisons])
     else:
         console.print_table(
-            ("network", "output", "max error", "mean error", "cosine", "result"),
+            ("network", "output", "engine", "beside", "max error", "mean error", "cosine", "PSNR", "result"),
             [
                 (
                     c.network,
                     c.output,
+                    c.engine,
+                    c.reference,
                     f"{c.max_error:.2e}",
                     f"{c.mean_error:.2e}",
                     f"{c.cosine:.6f}",
+                    "same" if c.psnr_db is None else f"{c.psnr_db:.1f} dB",
                     c.verdict,
                 )
                 for c in comparisons
             ],
         )
+    if job.config.plan is not None and not any(c.engine.startswith(job.config.backend) for c in comparisons):
+        console.warn(f"the plans were not executed: {job.config.backend} runs on none of this machine's devices")
     failed = sum(not comparison.passed for comparison in comparisons)
     console.narrate(f"{len(comparisons) - failed} of {len(comparisons)} outputs within tolerance")
     if failed:

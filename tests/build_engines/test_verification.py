@@ -23,6 +23,7 @@ from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.manifest import describe_files, read_manifest
 from causal_forcing.runtime.spec import TINY, Geometry
 
+NAMES = ("onnxruntime fp32", "torch fp32")
 DIT_NETWORKS = ["timestep_modulation", "prompt_kv", "dit_step", "dit_context"]
 
 
@@ -120,14 +121,14 @@ def test_comparison_passes_within_the_tolerance_of_the_largest_magnitude_and_nev
     got: list[float], passed: bool
 ) -> None:
     want = torch.tensor([10.0, -4.0])
-    comparison = verification._compare("n", "o", torch.tensor(got), want, verification.TOLERANCES["fp32"])
+    comparison = verification._compare("n", "o", NAMES, torch.tensor(got), want, verification.TOLERANCES["fp32"])
     assert comparison.passed == passed
     assert comparison.magnitude == 10.0
 
 
 def test_comparison_with_nan_on_both_sides_fails() -> None:
     nan = torch.tensor([1.0, float("nan")])
-    assert not verification._compare("n", "o", nan, nan.clone(), 1e-4).passed
+    assert not verification._compare("n", "o", NAMES, nan, nan.clone(), 1e-4).passed
 
 
 def test_inputs_of_every_network_of_a_split_text_encoder_mask_the_same_tokens(job: BuildJob) -> None:
