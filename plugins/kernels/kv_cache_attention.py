@@ -101,7 +101,7 @@ def _write(ptr, cache_ptr, tokens, slots, stride, cache_stride, live, D: tl.cons
     tl.store(cache_ptr + slots[:, None] * cache_stride + depth[None, :], rows, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tokens_per_frame", "cache_slots"])  # one kernel for all geometries
 def kv_cache_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, valid_slots_ptr,
     out_ptr, k_cache_out_ptr, v_cache_out_ptr,
