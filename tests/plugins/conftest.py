@@ -1,9 +1,13 @@
-"""The op alone in an ONNX model, for ONNX Runtime."""
+"""The op alone in an ONNX model, for ONNX Runtime; and a stand-in for TensorRT."""
 
 from __future__ import annotations
 
+import enum
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import onnx
 import onnxruntime
@@ -75,3 +79,35 @@ def onnx_session() -> Callable[..., onnxruntime.InferenceSession]:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     return session
+
+
+@pytest.fixture
+def tensorrt_standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """TensorRT-RTX's bindings under the name `tensorrt`: the same classes and registry, where libnvinfer is not.
+
+    `tensorrt.plugin` is that of TensorRT's own bindings, which is plain Python; of what it needs, the RTX bindings lack
+    three names. Plugin modules are imported anew and what they register is taken back.
+    """
+    rtx = pytest.importorskip("tensorrt_rtx")
+    bindings = importlib.util.find_spec("tensorrt_bindings")
+    tensorrt = ModuleType("tensorrt")
+    tensorrt.__dict__.update({name: value for name, value in vars(rtx).items() if not name.startswith("__")})
+    tensorrt.__dict__["__path__"] = list(bindings.submodule_search_locations or []) if bindings else []
+    QuickPluginCreationRequest = enum.Enum("QuickPluginCreationRequest", "STRICT_AOT STRICT_JIT PREFER_AOT PREFER_JIT")
+    tensorrt.__dict__["QuickPluginCreationRequest"] = QuickPluginCreationRequest
+    for name in ("ISymExpr", "IPluginV3QuickAOTBuild"):
+        tensorrt.__dict__[name] = type(name, (), {})
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    _forget_plugins()
+    yield tensorrt
+    registry = tensorrt.get_plugin_registry()
+    creator = registry.get_creator(ONNX_NAME, PLUGIN_VERSION, DOMAIN)
+    if creator is not None:
+        registry.deregister_creator(creator)
+    _forget_plugins()
+
+
+def _forget_plugins() -> None:
+    for name in list(sys.modules):
+        if name.startswith("tensorrt.") or (name.startswith("causal_forcing.plugins.") and name.endswith("_plugin")):
+            del sys.modules[name]
