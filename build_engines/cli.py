@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -166,6 +166,10 @@ def inspect(
             for row in summary["networks"]
         ],
     )
+    plans = [row["plan"] for row in summary["networks"] if row["plan"]]
+    if plans:
+        console.print_line("")
+        _print_plans(plans)
 
 
 @app.command()
@@ -302,6 +306,21 @@ def _print_plan(outcome: BuildPlan) -> None:
     for download in outcome.downloads:
         state = "cached" if download.cached else "to download"
         console.print_line(f"{state}: {download.repo}@{download.revision[:12]} {download.filename}")
+
+
+def _print_plans(plans: list[dict[str, Any]]) -> None:
+    from causal_forcing.build_engines.plans.job import HEAVY_LAYERS
+
+    headers = ("network", "layers", "arithmetic in", "aliases", "io_tensors", "of it caches", "plan", "activations")
+    rows = []
+    for plan in plans:
+        memory, engine = plan["memory"], plan["engine"]
+        heavy = {kind: count for kind, count in plan["precisions"].items() if kind.split()[0] in HEAVY_LAYERS}
+        arithmetic = ", ".join(f"{kind} {count}" for kind, count in heavy.items())
+        sizes = (_size(memory[name]) for name in ("io_tensor_bytes", "cache_bytes", "plan_bytes"))
+        activations = _size(engine["activation_bytes"]) if engine else "known on the GPU"
+        rows.append((plan["network"], len(plan["layers"]), arithmetic, len(plan["aliases"]), *sizes, activations))
+    console.print_table(headers, rows)
 
 
 def _existing(folder: Path) -> Path:

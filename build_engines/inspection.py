@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from causal_forcing.build_engines.plans.plan_set import LAYERS_SUFFIX
+from causal_forcing.runtime.config import PlanOptions
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
 
 
@@ -35,6 +38,7 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
             "weights": config.weights,
             "built": manifest.build.get("created"),
             "build_seconds": manifest.build.get("seconds"),
+            **_plan_options(config.plan),
         },
         "networks": [_network(folder, manifest, name) for name in manifest.artefacts],
     }
@@ -44,6 +48,7 @@ def _network(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     spec, file = manifest.network(name), manifest.artefacts[name]
     size_bytes = sum(entry.bytes for path, entry in manifest.files.items() if path.startswith(file))
     operators = _onnx_operators(folder / file) if file.endswith(".onnx") else {}
+    known = folder / f"{name}{LAYERS_SUFFIX}"
     return {
         "network": name,
         "file": file,
@@ -54,7 +59,25 @@ def _network(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
         "in_place": spec.in_place,
         "operators": ", ".join(f"{kind} {count}" for kind, count in operators.items()),
         "io_tensors": {io.name: [io.dtype, *io.shape] for io in spec.io_tensors()},
+        "plan": _plan(known, manifest, name) if known.exists() else None,
     }
+
+
+def _plan_options(plan: PlanOptions | None) -> dict[str, Any]:
+    if plan is None:
+        return {}
+    return {
+        "compute_capabilities": ", ".join(f"sm_{number}" for number in plan.compute_capabilities),
+        "optimization_level": plan.optimization_level,
+        "workspace_mib": plan.workspace_mib,
+        "plugin": plan.plugin or "none: the op is native layers",
+    }
+
+
+def _plan(known: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """Return what is known of a plan: its layers, their precisions, what shares memory, what it takes and took."""
+    information: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+    return {**information, "build": manifest.build["plans"][name]}
 
 
 def _onnx_operators(path: Path) -> dict[str, int]:

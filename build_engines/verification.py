@@ -136,7 +136,8 @@ def _reference_job(job: BuildJob) -> BuildJob:
     """Return the job whose networks ONNX Runtime can run: the same weights, in fp32 where they are not quantised."""
     precision = "fp8" if job.config.precision == "fp8" else "fp32"
     config = dataclasses.replace(job.config, backend="onnxruntime", precision=precision, plan=None)
-    return dataclasses.replace(job, config=config, source=dataclasses.replace(job.source, dtype=torch.float32))
+    source = dataclasses.replace(job.source, dtype=torch.float32)  # type: ignore[type-var]  # every source is a dataclass
+    return dataclasses.replace(job, config=config, source=source)
 
 
 def make_inputs(spec: NetworkSpec, geometry: Geometry, model: ModelSpec, seed: int) -> dict[str, torch.Tensor]:

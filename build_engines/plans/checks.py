@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from causal_forcing.build_engines.plans.job import COMPUTE_DTYPES, PlanJob
+from causal_forcing.build_engines.plans.job import COMPUTE_DTYPES, HEAVY_LAYERS, PlanJob
 from causal_forcing.build_engines.plans.lowering import (
     LENGTH_TENSOR,
     cache_attentions,
@@ -34,10 +34,6 @@ DTYPES = {
 """Element type to TensorRT's name of it."""
 
 _FLOATS = ("FLOAT", "BF16", "HALF", "FP8", "INT8", "FP4", "INT4", "UINT8", "E8M0")
-
-HEAVY_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT")
-"""Layers whose operands must have the asked element type: all the arithmetic that counts. What lies between, norms'
-statistics and rotations, is fp32 where the exported graph says so."""
 
 
 def check_network(library: TensorRTLibrary, network: Any, model: onnx.ModelProto, job: PlanJob) -> None:

@@ -16,6 +16,10 @@ from causal_forcing.runtime.spec import NetworkSpec
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 """Precision to the element type that heavy layers compute in where they are not quantised."""
 
+HEAVY_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "ATTENTION_INPUT")
+"""Layers whose operands must have the asked element type: all the arithmetic that counts. What lies between, norms'
+statistics and rotations, is fp32 where the exported graph says so."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanJob:
