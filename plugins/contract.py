@@ -18,8 +18,9 @@ finite (a masked value counts as 0 · v), so caches start as zeros.
 
 Outputs: out [B, N, L, D], and the two caches, which alias their inputs wherever the body can write in place.
 
-Bodies: `reference` (plain PyTorch, the oracle), `torch_op` (the torch custom op), `onnx_function` (standard ONNX
-operators, carried inside every exported model).
+Bodies: `reference` (plain PyTorch, the oracle), `torch_op` (the torch custom op; on a GPU it launches the Triton kernel
+in `kernels`), `onnx_function` (standard ONNX operators, carried inside every exported model), `v3_plugin` and
+`quick_plugin` (TensorRT, over the same kernel; `tensorrt_plugin` registers one of them).
 """
 
 DOMAIN = "causal_forcing"
