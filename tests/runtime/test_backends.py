@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,46 @@ import torch
 from causal_forcing.runtime.backends import (
     BACKENDS,
     PLANNED_BACKENDS,
+    Backend,
+    capability,
     choose_backend,
     choose_device,
+    choose_plan,
     choose_precision,
 )
+from causal_forcing.runtime.config import EngineOptions, PlanOptions
 from causal_forcing.runtime.errors import BackendUnavailableError, UnknownNameError, UsageError
+
+TENSORRT, RTX = BACKENDS["tensorrt"], BACKENDS["tensorrt-rtx"]
+PLAN_BACKENDS = [backend for backend in BACKENDS.values() if backend.makes_plans]
+OTHER_BACKENDS = [backend for backend in BACKENDS.values() if not backend.makes_plans]
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: int) -> None:
+    """Pretend that there are CUDA GPUs of these generations."""
+
+    def index(device: str) -> int:
+        return int(device.partition(":")[2] or 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capabilities[index(device)], 10))
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Pretend that of all backends' modules these are here."""
+    known = {backend.module for backend in BACKENDS.values()}
+    find = importlib.util.find_spec
+    here = importlib.util.find_spec("json")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: (here if name in modules else None) if name in known else find(name)
+    )
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that there are two CUDA GPUs."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    """Pretend that there are two GPUs of a generation that TensorRT-RTX does not serve."""
+    pretend_gpus(monkeypatch, 90, 90)
 
 
 @pytest.fixture
@@ -46,11 +75,24 @@ def test_auto_without_the_first_backends_package_takes_the_next(monkeypatch: pyt
     assert choose_backend("auto", "cpu")[0].name == "torch"
 
 
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
-def test_auto_on_a_gpu_takes_the_first_that_runs_there(device: str) -> None:
+@pytest.mark.parametrize(
+    ("installed", "capabilities", "device", "taken"),
+    [
+        (("tensorrt", "tensorrt_rtx", "torch"), (90,), "auto", "tensorrt"),
+        (("tensorrt", "tensorrt_rtx", "torch"), (89,), "cuda", "tensorrt"),
+        (("tensorrt_rtx", "torch"), (89,), "auto", "tensorrt-rtx"),
+        (("tensorrt_rtx", "torch"), (90,), "auto", "torch"),
+        (("tensorrt_rtx", "torch"), (90, 120), "cuda:1", "tensorrt-rtx"),
+        (("onnxruntime", "torch"), (120,), "cuda", "torch"),
+    ],
+)
+def test_auto_on_a_gpu_takes_the_first_installed_that_runs_on_its_generation(
+    installed: tuple[str, ...], capabilities: tuple[int, ...], device: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpus(monkeypatch, *capabilities)
+    pretend_installed(monkeypatch, *installed)
     backend, reason = choose_backend("auto", device)
-    assert backend.name == "torch"
+    assert backend.name == taken
     assert "runs on cuda" in reason
 
 
@@ -60,27 +102,60 @@ def test_auto_without_any_package_says_what_to_install(monkeypatch: pytest.Monke
         choose_backend("auto", "cpu")
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
-def test_backend_by_name_is_taken(name: str) -> None:
-    backend, reason = choose_backend(name, "cpu")
-    assert (backend.name, reason) == (name, "chosen by name")
+@pytest.mark.parametrize("backend", OTHER_BACKENDS, ids=lambda backend: backend.name)
+def test_backend_by_name_is_taken(backend: Backend) -> None:
+    assert choose_backend(backend.name, "cpu") == (backend, "chosen by name")
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
-def test_backend_by_name_without_its_package_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, name)
-    with pytest.raises(BackendUnavailableError, match=f"{name!r} is not installed: pip install {name}"):
-        choose_backend(name, "cpu")
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_backend_by_name_without_its_package_says_what_to_install(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, backend.module)
+    with pytest.raises(BackendUnavailableError, match=f"{backend.name!r} is not installed: pip install {backend.name}"):
+        choose_backend(backend.name, "cpu")
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("backend", PLAN_BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_plan_backend_without_a_gpu_does_not_run(
+    backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, "tensorrt", "tensorrt_rtx", "torch")
+    with pytest.raises(BackendUnavailableError, match="needs a CUDA GPU and torch sees none: use --backend onnxrunt"):
+        choose_backend(backend.name, device)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_plan_backend_that_builds_without_a_gpu_is_taken_for_a_build_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "tensorrt", "tensorrt_rtx", "torch")
+    assert choose_backend("tensorrt-rtx", "auto", for_build=True) == (RTX, "chosen by name")
+    with pytest.raises(BackendUnavailableError, match="'tensorrt' needs a CUDA GPU"):
+        choose_backend("tensorrt", "auto", for_build=True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_rtx_on_a_gpu_that_it_does_not_serve_says_which_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "tensorrt_rtx", "torch")
+    with pytest.raises(BackendUnavailableError) as caught:
+        choose_backend("tensorrt-rtx", "cuda")
+    assert str(caught.value) == (
+        "backend 'tensorrt-rtx' does not run on sm_90, expected one of sm_80, sm_86, sm_89, sm_120, sm_121: "
+        "use --backend tensorrt or torch"
+    )
+    assert choose_backend("tensorrt-rtx", "cuda", for_build=True)[0] is RTX
 
 
 @pytest.mark.parametrize("name", PLANNED_BACKENDS)
 def test_planned_backend_says_that_it_is_not_there_and_what_is(name: str) -> None:
-    with pytest.raises(BackendUnavailableError, match="not part of this release: use --backend onnxruntime or torch"):
+    expected = f"not part of this release: use --backend {', '.join(BACKENDS)} or auto"
+    with pytest.raises(BackendUnavailableError, match=expected):
         choose_backend(name, "cpu")
 
 
 def test_unknown_backend_offers_the_nearest_and_lists_auto_too() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown backend 'torhc': did you mean 'torch'.*auto, onnxruntime"):
+    with pytest.raises(UnknownNameError, match=r"unknown backend 'torhc': did you mean 'torch'.*auto, tensorrt, tens"):
         choose_backend("torhc", "cpu")
 
 
@@ -91,8 +166,17 @@ def test_cpu_backend_on_a_gpu_by_name_is_refused_with_both_ways_out() -> None:
 
 
 def test_precision_that_is_not_given_is_fp32_on_a_cpu() -> None:
-    for backend in BACKENDS.values():
+    for backend in OTHER_BACKENDS:
         assert choose_precision(backend, None, "cpu") == "fp32"
+
+
+def test_precision_of_plans_that_is_not_given_is_bf16_wherever_they_are_built() -> None:
+    for backend in PLAN_BACKENDS:
+        assert choose_precision(backend, None, "cpu") == "bf16"
+        with pytest.raises(
+            UsageError, match=f"{backend.name!r} does not run fp32: use --precision bf16 or fp16 or fp8"
+        ):
+            choose_precision(backend, "fp32", "cpu")
 
 
 @pytest.mark.usefixtures("gpu")
@@ -113,6 +197,91 @@ def test_artefact_version_is_the_opset_or_the_librarys_major_and_minor() -> None
     version = BACKENDS["torch"].artefact_version()
     assert full.startswith(f"{version}.")
     assert version.count(".") == 1
+
+
+@pytest.mark.parametrize("backend", PLAN_BACKENDS, ids=lambda backend: backend.name)
+def test_artefact_version_of_plans_is_the_whole_version_of_whichever_distribution_is_there(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(distribution: str) -> str:
+        if distribution != backend.distributions[1]:
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return "11.4.0.106"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert backend.artefact_version() == "11.4.0.106"
+
+
+def test_artefact_version_of_a_module_without_a_distribution_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(distribution: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(
+        BackendUnavailableError, match=r"version of tensorrt_rtx cannot be told.*pip install tensorrt-rt"
+    ):
+        RTX.artefact_version()
+
+
+def plan(backend: Backend, *, precision: str = "bf16", device: str = "cuda", **options: Any) -> PlanOptions | None:
+    return choose_plan(backend, EngineOptions(slug="tiny", **options), precision, device)
+
+
+@pytest.mark.parametrize("backend", OTHER_BACKENDS, ids=lambda backend: backend.name)
+def test_plan_options_are_refused_by_backends_without_plans(backend: Backend) -> None:
+    assert plan(backend, device="cpu") is None
+    given: dict[str, Any] = {"compute_capability": [89], "optimization_level": 3, "workspace_mib": 1, "plugin": "quick"}
+    for option, value in given.items():
+        name = f"--{option.replace('_', '-')}"
+        with pytest.raises(UsageError, match=f"{name} is for TensorRT plans, not for {backend.name!r}: leave it out"):
+            plan(backend, device="cpu", **{option: value})
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_plan_of_rtx_is_for_three_generations_unless_told() -> None:
+    assert plan(RTX, device="cpu") == PlanOptions(compute_capabilities=(86, 89, 120))
+    assert plan(RTX, device="cpu", precision="fp8") == PlanOptions(compute_capabilities=(89, 120))
+    told = plan(RTX, device="cpu", compute_capability=[120, 89, 120], optimization_level=0, workspace_mib=512)
+    assert told == PlanOptions(compute_capabilities=(89, 120), optimization_level=0, workspace_mib=512)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"compute_capability": [90]},
+            "--compute-capability 90 is not one that TensorRT-RTX serves: use 80, 86, 89, 1",
+        ),
+        ({"plugin": "python"}, "--plugin is for the tensorrt backend: TensorRT-RTX takes no plugins, leave it out"),
+        ({"compute_capability": [86, 89], "precision": "fp8"}, "fp8 needs compute capability 89 or above, got 86: use"),
+    ],
+)
+def test_plan_of_rtx_with_what_it_lacks_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(RTX, device="cpu", **options)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_plan_of_tensorrt_is_for_the_gpu_that_is_here() -> None:
+    assert plan(TENSORRT) == PlanOptions(compute_capabilities=(90,), plugin="python")
+    assert plan(TENSORRT, compute_capability=[90], plugin="quick") == PlanOptions(
+        compute_capabilities=(90,), plugin="quick"
+    )
+    with pytest.raises(UsageError, match="is for the GPU that builds it, sm_90: leave it out"):
+        plan(TENSORRT, compute_capability=[89])
+
+
+def test_plan_of_tensorrt_in_fp8_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 80)
+    with pytest.raises(UsageError, match="fp8 needs compute capability 89 or above, got 80: use bf16"):
+        plan(TENSORRT, precision="fp8")
+
+
+def test_capability_is_the_gpus_generation_and_0_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 90, 121)
+    assert [capability(device) for device in ("cpu", "cuda", "cuda:1")] == [0, 90, 121]
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -14,6 +14,7 @@ from causal_forcing.runtime.config import (
     EngineConfig,
     EngineOptions,
     GenerateConfig,
+    PlanOptions,
     build_command,
     cache_folder,
     fingerprint_of,
@@ -78,6 +79,68 @@ def test_fingerprint_changes_with_every_field_at_every_depth(config: EngineConfi
     fingerprints = {".".join(path): with_change(config, path).fingerprint() for path in paths}
     assert config.fingerprint() not in fingerprints.values()
     assert len(set(fingerprints.values())) == len(paths)
+
+
+def test_fingerprint_of_plans_changes_with_every_option_of_a_plan(config: EngineConfig) -> None:
+    plans = [
+        None,
+        PlanOptions(compute_capabilities=(86,)),
+        PlanOptions(compute_capabilities=(86, 89)),
+        PlanOptions(compute_capabilities=(86,), optimization_level=5),
+        PlanOptions(compute_capabilities=(86,), workspace_mib=1024),
+        PlanOptions(compute_capabilities=(86,), plugin="python"),
+        PlanOptions(compute_capabilities=(86,), plugin="quick"),
+    ]
+    assert len({dataclasses.replace(config, plan=plan).fingerprint() for plan in plans}) == len(plans)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "plan", "words"),
+    [
+        ("tensorrt-rtx", "bf16", PlanOptions(compute_capabilities=(86, 89, 120)), ""),
+        ("tensorrt-rtx", "fp8", PlanOptions(compute_capabilities=(89, 120)), ""),
+        (
+            *("tensorrt-rtx", "fp8"),
+            PlanOptions(compute_capabilities=(89, 121), optimization_level=0, workspace_mib=64),
+            " --compute-capability=89 --compute-capability=121 --optimization-level 0 --workspace-mib 64",
+        ),
+        ("tensorrt", "bf16", PlanOptions(compute_capabilities=(90,), plugin="python"), ""),
+        ("tensorrt", "bf16", PlanOptions(compute_capabilities=(90,), plugin="quick"), " --plugin quick"),
+    ],
+)
+def test_build_command_of_plans_names_what_is_not_the_default(
+    backend: str, precision: str, plan: PlanOptions, words: str, config: EngineConfig
+) -> None:
+    plans = dataclasses.replace(config, backend=backend, precision=precision, plan=plan)
+    assert plans.build_command() == f"cf-build tiny-i2v --backend {backend} --precision {precision}{words}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "dtype"),
+    [
+        ("tensorrt-rtx", "bf16", "bfloat16"),
+        ("tensorrt", "fp16", "float16"),
+        ("tensorrt", "fp8", "bfloat16"),
+        ("onnxruntime", "fp8", "float32"),
+        ("torch", "fp32", "float32"),
+    ],
+)
+def test_dtype_is_that_of_what_is_not_quantised(backend: str, precision: str, dtype: str, config: EngineConfig) -> None:
+    assert dataclasses.replace(config, backend=backend, precision=precision).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimization_level": 6}, "--optimization-level 6 is out of range: use 0 to 5"),
+        ({"optimization_level": -1}, "--optimization-level -1 is out of range"),
+        ({"workspace_mib": 0}, "--workspace-mib 0 leaves no memory: use 1 or more"),
+        ({"plugin": "pyhton"}, "unknown plugin 'pyhton': did you mean 'python'"),
+    ],
+)
+def test_plan_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EngineOptions(slug="tiny", **options)
 
 
 def test_folder_of_a_configuration_is_its_slug_and_the_start_of_its_fingerprint(config: EngineConfig) -> None:

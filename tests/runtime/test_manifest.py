@@ -13,7 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from causal_forcing.runtime.config import EngineOptions, fingerprint_of, op_digest, package_version
+from causal_forcing.runtime.config import (
+    SCHEMA_VERSION,
+    EngineOptions,
+    PlanOptions,
+    fingerprint_of,
+    op_digest,
+    package_version,
+)
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,
@@ -105,6 +112,20 @@ def test_manifest_of_a_variant_with_every_option_set_is_read_back_equal(tmp_path
     assert read_manifest(tmp_path / "engine") == written
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PlanOptions(compute_capabilities=(86, 120), optimization_level=5, workspace_mib=512),
+        PlanOptions(compute_capabilities=(90,), plugin="quick"),
+    ],
+)
+def test_manifest_of_plans_is_read_back_equal(plan: PlanOptions, tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path / "engine")
+    written = dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, plan=plan))
+    written.write(tmp_path / "engine")
+    assert read_manifest(tmp_path / "engine") == written
+
+
 def test_manifest_lists_every_file_with_its_hash_and_size_but_not_itself(engine: Path) -> None:
     files = read_manifest(engine).files
     assert sorted(files) == ["step.pt2", "tokenizer/tokenizer.json"]
@@ -128,12 +149,15 @@ def test_manifest_of_another_version_names_field_values_and_command(
 
 def test_manifest_of_another_schema_names_it_whatever_else_it_holds(engine: Path, edit: Callable[..., None]) -> None:
     def change(content: dict[str, Any]) -> None:
-        content["schema_version"] = 2
+        content["schema_version"] = SCHEMA_VERSION + 1
         content["config"]["geometry"]["new_field"] = 1
         del content["networks"]
 
     edit(change)
-    with pytest.raises(EngineMismatchError, match="schema_version is 2, expected 1; rebuild it: cf-build tiny"):
+    with pytest.raises(
+        EngineMismatchError,
+        match=f"schema_version is {SCHEMA_VERSION + 1}, expected {SCHEMA_VERSION}; rebuild it: cf-build tiny",
+    ):
         read_manifest(engine)
 
 

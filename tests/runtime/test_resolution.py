@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from causal_forcing.runtime.config import (
     CHECKPOINT_REPOSITORY,
@@ -14,8 +17,9 @@ from causal_forcing.runtime.config import (
     WAN_REPOSITORY,
     WAN_REVISION,
     EngineOptions,
+    PlanOptions,
 )
-from causal_forcing.runtime.errors import EngineMismatchError, UnknownNameError, UsageError
+from causal_forcing.runtime.errors import BackendUnavailableError, EngineMismatchError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
 from causal_forcing.runtime.spec import VARIANTS
@@ -135,3 +139,23 @@ def test_check_fits_with_another_seed_names_the_weights() -> None:
 def test_default_root_lies_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAUSAL_FORCING_HOME", "/somewhere")
     assert default_root() == Path("/somewhere/engines")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+def test_resolve_engine_of_an_rtx_plan_to_build_is_complete_without_a_gpu() -> None:
+    options = EngineOptions(slug="tiny", backend="tensorrt-rtx")
+    config = resolve_engine(options, weights="random:0", device="auto", for_build=True)
+    assert (config.backend, config.precision, config.dtype) == ("tensorrt-rtx", "bf16", "bfloat16")
+    assert config.backend_version == importlib.metadata.version("tensorrt_rtx")
+    assert config.plan == PlanOptions(compute_capabilities=(86, 89, 120))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+def test_resolve_engine_of_an_rtx_plan_to_run_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="'tensorrt-rtx' needs a CUDA GPU and torch sees none"):
+        resolve_engine(EngineOptions(slug="tiny", backend="tensorrt-rtx"), weights="random:0")
+
+
+def test_resolve_engine_without_plans_has_no_plan_options() -> None:
+    assert resolve_engine(EngineOptions(slug="tiny"), weights="random:0", device="cpu").plan is None
