@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from causal_forcing.runtime import loading
+from causal_forcing.runtime.backends import Backend
+from causal_forcing.runtime.config import SCHEMA_VERSION, EngineOptions, PlanOptions, fingerprint_of
+from causal_forcing.runtime.engines.tensorrt_runtime import check_plans
 from causal_forcing.runtime.errors import (
     BackendUnavailableError,
     EngineDamagedError,
+    EngineMismatchError,
     EngineNotFoundError,
     UsageError,
 )
 from causal_forcing.runtime.loading import load_engine, load_engines
-from causal_forcing.runtime.manifest import describe_files, read_manifest
+from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, read_manifest
+from causal_forcing.runtime.resolution import default_root, resolve_engine
 
 
 def rehash(folder: Path) -> None:
@@ -102,3 +109,118 @@ def test_load_engines_of_a_cpu_backend_on_a_gpu_machine_stays_on_the_cpu_unless_
     assert load_engines(tiny_engine, device="auto").device == torch.device("cpu")
     with pytest.raises(UsageError, match="'onnxruntime' runs on the CPU only"):
         load_engines(tiny_engine, device="cuda")
+
+
+VERSION = "1.7.1.116"
+
+
+@pytest.fixture
+def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An engine directory of a plan, on a machine with the GPU and the TensorRT that it is for.
+
+    The plan itself is not there: whatever refuses the directory did so without reading it.
+    """
+    monkeypatch.setenv("CAUSAL_FORCING_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(Backend, "installed", lambda self: True)
+    monkeypatch.setattr(Backend, "artefact_version", lambda self: VERSION)
+    return write_plans(default_root())
+
+
+def write_plans(root: Path, *, backend: str = "tensorrt-rtx", precision: str = "bf16") -> Path:
+    options = EngineOptions(slug="tiny", backend="torch", precision="bf16")
+    config = dataclasses.replace(
+        resolve_engine(options, weights="random:0", device="cpu"),
+        backend=backend,
+        backend_version=VERSION,
+        precision=precision,
+        plan=PlanOptions(compute_capabilities=(89, 120)),
+    )
+    folder = config.folder(root)
+    folder.mkdir(parents=True)
+    (folder / "dit_step.plan").write_bytes(b"plan")
+    Manifest(config=config, networks=(), artefacts={}, files=describe_files(folder)).write(folder)
+    (folder / "dit_step.plan").unlink()
+    return folder
+
+
+def test_plan_for_this_machine_is_read(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "engine_loader", check_plans)  # up to where TensorRT would be imported
+    with pytest.raises(EngineDamagedError, match=r"dit_step\.plan is missing"):
+        load_engines(plans)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_plan_of_another_version_is_refused_before_it_is_read(
+    backend: str, plans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_plans(default_root(), backend=backend, precision="fp16")
+    monkeypatch.setattr(Backend, "artefact_version", lambda self: "1.8.0.1")
+    with pytest.raises(EngineMismatchError) as caught:
+        load_engines(folder)
+    assert caught.value.field == "backend_version"
+    assert f"backend_version is {backend} {VERSION}, expected 1.8.0.1; rebuild it: " in str(caught.value)
+    assert str(caught.value).partition("rebuild it: ")[2].startswith(f"cf-build tiny --backend {backend}")
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "here", "command"),
+    [
+        ("tensorrt-rtx", "fp16", 86, "cf-build tiny --backend tensorrt-rtx --precision fp16"),
+        ("tensorrt-rtx", "fp8", 86, "cf-build tiny --backend tensorrt-rtx --precision bf16"),
+        (
+            *("tensorrt-rtx", "fp16", 80),
+            "cf-build tiny --backend tensorrt-rtx --precision fp16 "
+            "--compute-capability=80 --compute-capability=89 --compute-capability=120",
+        ),
+        ("tensorrt", "fp16", 90, "cf-build tiny --backend tensorrt --precision fp16"),
+    ],
+)
+def test_plan_of_another_gpu_is_refused_before_it_is_read_with_the_command_for_this_one(
+    backend: str, precision: str, here: int, command: str, plans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(here, 10))
+    folder = write_plans(default_root(), backend=backend, precision=precision)
+    with pytest.raises(EngineMismatchError) as caught:
+        load_engines(folder)
+    assert str(caught.value) == (
+        f"the engine does not fit: compute_capabilities is sm_89, sm_120, expected sm_{here}, the GPU of this machine; "
+        f"rebuild it: {command}"
+    )
+
+
+def test_plan_elsewhere_than_in_the_cache_is_rebuilt_where_it_is(
+    plans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_plans(tmp_path / "my engines", precision="fp16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(EngineMismatchError, match=r"--precision fp16 --output '.*/my engines'$"):
+        load_engines(folder)
+
+
+def test_plan_of_another_schema_is_refused_before_it_is_read(plans: Path) -> None:
+    path = plans / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    content["schema_version"] = SCHEMA_VERSION - 1
+    content["config"]["schema_version"] = SCHEMA_VERSION - 1
+    content["digest"] = fingerprint_of({name: value for name, value in content.items() if name != "digest"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        EngineMismatchError, match=r"schema_version is 1, expected 2; rebuild it: cf-build tiny --backend"
+    ):
+        load_engines(plans)
+
+
+def test_plan_on_a_gpu_that_its_backend_does_not_serve_names_other_backends(
+    plans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(BackendUnavailableError, match=r"does not run on sm_90.*use --backend tensorrt or torch"):
+        load_engines(plans)
+
+
+def test_plan_without_a_gpu_is_refused(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="'tensorrt-rtx' needs a CUDA GPU and torch sees none"):
+        load_engines(plans)

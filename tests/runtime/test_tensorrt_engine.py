@@ -29,7 +29,7 @@ from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines import tensorrt_runtime
 from causal_forcing.runtime.engines.tensorrt_engine import TensorRTEngine
 from causal_forcing.runtime.errors import BackendUnavailableError, EngineDamagedError, EngineMismatchError
-from causal_forcing.runtime.loading import EngineSet
+from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest, check_files, describe_files
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.spec import IOTensor, NetworkSpec
@@ -97,7 +97,7 @@ class FakeTensorRT(types.ModuleType):
             "ILogger", (), dict(zip(("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"), range(5), strict=True))
         )
         self.IErrorRecorder = type("IErrorRecorder", (), {})
-        self.Runtime = lambda logger: FakeRuntime(self)
+        self.Runtime = lambda logger: self.answer("runtime", result=FakeRuntime(self))
         self.ExecutionContextAllocationStrategy = Strategy
         self.CudaGraphStrategy = CudaGraphStrategy
         self.EngineValidity = Validity
@@ -308,6 +308,7 @@ def write_engine(
     folder: Path,
     *specs: NetworkSpec,
     backend: str = "tensorrt",
+    plugin: str | None = "quick",
     change: Callable[[dict[str, Any]], object] = lambda plan: None,
 ) -> Manifest:
     """Write an engine directory of the stand-in's plans, each of them changed by `change`."""
@@ -317,13 +318,13 @@ def write_engine(
         change(plan)
         (folder / f"{spec.name}.plan").write_text(json.dumps(plan))
     options = EngineOptions(slug="tiny", backend="torch", random_weights=0)
-    plugin = None if backend == "tensorrt-rtx" else "quick"
+    is_rtx = backend == "tensorrt-rtx"
     config = dataclasses.replace(
         resolve_engine(options, weights="random:0", device="cpu"),
         backend=backend,
         backend_version=VERSION,
         precision="bf16",
-        plan=PlanOptions(compute_capabilities=(86, 89, 120) if plugin is None else (GPU,), plugin=plugin),
+        plan=PlanOptions(compute_capabilities=(86, 89, 120) if is_rtx else (GPU,), plugin=None if is_rtx else plugin),
     )
     manifest = Manifest(
         config=config,
@@ -345,6 +346,37 @@ def load(folder: Path, *specs: NetworkSpec, **options: Any) -> tuple[EngineSet, 
     for engine in engines.values():
         engine.bind(io_tensors)
     return EngineSet(folder=folder, manifest=manifest, engines=engines, device=CPU), io_tensors
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_engines_of_a_directory_share_one_runtime(
+    backend: str, monkeypatch: pytest.MonkeyPatch, cuda: list[FakeGraph], tmp_path: Path
+) -> None:
+    trt = install(monkeypatch, backend)
+    write_engine(tmp_path / "engine", STEP, CONTEXT, DECODER, backend=backend)
+    monkeypatch.setattr(Backend, "installed", lambda self: True)
+    loaded = load_engines(tmp_path / "engine")
+    assert [engine.spec for engine in loaded.engines.values()] == [STEP, CONTEXT, DECODER]
+    assert len(trt.named("runtime")) == 1
+    assert len(trt.named("deserialize")) == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "plugin", "registered"),
+    [("tensorrt", "python", True), ("tensorrt", "quick", False), ("tensorrt-rtx", None, False)],
+)
+def test_plugin_is_registered_before_plans_that_need_it_and_for_no_others(
+    backend: str, plugin: str | None, registered: bool, monkeypatch: pytest.MonkeyPatch, cuda: object, tmp_path: Path
+) -> None:
+    trt = install(monkeypatch, backend)
+    module = types.ModuleType("causal_forcing.plugins.tensorrt_plugin")
+    vars(module)["register_plugin"] = lambda given: trt.answer("register_plugin", given.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    load(tmp_path / "engine", STEP, backend=backend, plugin=plugin)
+    calls = [call for call, *_ in trt.calls]
+    assert trt.named("register_plugin") == ([("tensorrt",)] if registered else [])
+    if registered:
+        assert calls.index("register_plugin") < calls.index("deserialize")
 
 
 def test_engine_is_bound_once_and_its_aliased_pair_to_one_buffer(trt: FakeTensorRT, tmp_path: Path) -> None:
