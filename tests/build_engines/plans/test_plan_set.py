@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,20 @@ def test_ring_that_wraps_inside_a_chunk_is_refused_before_anything_is_built(run:
     assert refused.returncode == 2
     assert "use --window-frames 6 --sink-frames 0" in refused.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_while_compiling_cancels_and_leaves_nothing(engine_home: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "cf-build"), "tiny", *SMALL, "--backend", "tensorrt-rtx"]
+    build = subprocess.Popen(
+        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert build.stderr is not None
+    for line in build.stderr:
+        if "compiling" in line:
+            build.send_signal(signal.SIGINT)
+            break
+    out, err = build.communicate(timeout=60)
+    assert build.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted"
+    assert out == ""
+    assert [path.suffix for path in (tmp_path / "tiny").iterdir()] == [".lock"], "no half-made engine"
