@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxscript import rewriter
 from torch import nn
 
 from causal_forcing.build_engines import export
@@ -146,6 +147,15 @@ def test_saved_program_gives_what_the_module_gives(linear: Network, tmp_path: Pa
     save_program(export_program(linear), tmp_path / "linear.pt2")
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.export.load(tmp_path / "linear.pt2").module()(x), linear.module(x))
+
+
+def test_export_leaves_the_optimisers_rules_as_they_were_and_still_needs_to_leave_one_out(
+    attend: Network, tmp_path: Path
+) -> None:
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    assert [rule.name for rule in rules].count(export.SLOW_RULE) == 1
+    save_onnx(export_program(attend), attend, tmp_path / "attend.onnx", cache_writes=1)
+    assert rewriter._DEFAULT_REWRITE_RULES is rules
 
 
 def test_export_says_nothing_and_leaves_logging_as_it_was(
