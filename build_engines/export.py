@@ -15,7 +15,7 @@ import torch
 from onnxscript import rewriter
 
 from causal_forcing.build_engines.networks import Network, example_inputs
-from causal_forcing.build_engines.quantization import fp8_linear
+from causal_forcing.build_engines.quantization import fp8_attention, fp8_linear
 from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
 from causal_forcing.plugins.onnx_bodies import OPSET, function_body
 from causal_forcing.plugins.onnx_function import translation_table
@@ -60,7 +60,11 @@ def save_onnx(program: torch.export.ExportedProgram, network: Network, path: Pat
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={**translation_table(), **fp8_linear.translation_table()},
+            custom_translation_table={
+                **translation_table(),
+                **fp8_linear.translation_table(),
+                **fp8_attention.translation_table(),
+            },
             input_names=[io_tensor.name for io_tensor in spec.inputs],
             output_names=[io_tensor.name for io_tensor in spec.outputs],
             optimize=True,

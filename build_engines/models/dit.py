@@ -62,6 +62,27 @@ class Attention(nn.Module):
         return self.split_heads(self.norm_k(self.k(x))), self.split_heads(self.v(x))
 
 
+class CacheAttention(nn.Module):
+    """The op: a chunk's keys and values into the cache, its queries over the valid slots. A module, to be exchanged."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+        valid_slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the op; see `plugins.contract` for shapes. Returns (attention, k_cache, v_cache)."""
+        return kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, self.scale)
+
+
 class Layer(nn.Module):
     """One transformer layer."""
 
@@ -69,6 +90,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
         self.self_attn = Attention(spec)
+        self.cache_attention = CacheAttention(self.self_attn.scale)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps)
         self.cross_attn = Attention(spec)
         self.norm2 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
@@ -91,7 +113,10 @@ class Layer(nn.Module):
         normed = self.norm1(x) * (1 + scale) + shift
         q = rotate(self.self_attn.queries(normed), *rope)
         k, v = self.self_attn.keys_values(normed)
-        return kv_cache_attention(q, rotate(k, *rope), v, *caches, slots, valid_slots, self.self_attn.scale)
+        attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.cache_attention(
+            q, rotate(k, *rope), v, *caches, slots, valid_slots
+        )
+        return attended
 
     def finish(
         self,

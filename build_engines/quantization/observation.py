@@ -1,11 +1,9 @@
-"""What linear layers see during real passes: the range of every input channel, and a sample of inputs."""
+"""What layers see during real passes: the range of every input, and a sample of the inputs of linear layers."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,60 +11,76 @@ from torch import nn
 from causal_forcing.build_engines.models.dit import CausalDiT
 
 SAMPLE_ROWS = 512
-"""Inputs that are kept of each layer, spread over all passes; their errors decide."""
+"""Inputs that are kept of each group of linear layers, spread over all passes; their errors decide."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Observation:
-    """What was seen of the input of one group of linear layers."""
+class InputObservation:
+    """What was seen of the input of one group of linear layers.
 
-    peaks: torch.Tensor
-    """[in] fp32, largest magnitude of each channel over all tokens of all passes."""
-    samples: list[torch.Tensor] = field(default_factory=list)
-    """[rows, in] each, the carrier type, on the CPU."""
+    Args:
+        rows_a_pass: How many inputs to keep of each pass.
+    """
+
+    def __init__(self, rows_a_pass: int) -> None:
+        self.peaks = torch.zeros(())
+        """[in] fp32, largest magnitude of each channel over all tokens of all passes."""
+        self._rows_a_pass = rows_a_pass
+        self._samples: list[torch.Tensor] = []
 
     def rows(self) -> torch.Tensor:
-        """Return at most `SAMPLE_ROWS` of the samples, [rows, in], evenly over all passes."""
-        rows = torch.cat(self.samples)
+        """Return at most `SAMPLE_ROWS` of the kept inputs, [rows, in] in the carrier type, evenly over all passes."""
+        rows = torch.cat(self._samples)
         places = torch.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).round().long()
         return rows[places]
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Take note of one input [..., in]; a forward pre-hook."""
+        tokens = args[0].flatten(0, -2)
+        self.peaks = torch.maximum(self.peaks.to(tokens.device), tokens.abs().amax(dim=0).float())
+        # Other rows in every pass: an odd stride from a moving start visits all of them in time.
+        start, stride = 61 * len(self._samples), max(1, len(tokens) // self._rows_a_pass)
+        places = [(start + index * stride) % len(tokens) for index in range(self._rows_a_pass)]
+        self._samples.append(tokens[places].cpu())
+
+
+class AttentionObservation:
+    """What was seen of the queries, keys and values of one layer."""
+
+    def __init__(self) -> None:
+        self.peaks = torch.zeros(3)
+        """[3] fp32, largest magnitude of queries, keys and values over all passes."""
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Take note of one call's inputs; a forward pre-hook."""
+        peaks = torch.stack([tensor.abs().amax().float() for tensor in args[:3]])
+        self.peaks = torch.maximum(self.peaks.to(peaks.device), peaks)
 
 
 @contextmanager
 def observed(
-    dit: CausalDiT, groups: Sequence[tuple[str, ...]], *, expected_passes: int
-) -> Iterator[dict[tuple[str, ...], Observation]]:
-    """Observe the inputs of linear layers for as long as the context lasts.
+    dit: CausalDiT, groups: Sequence[tuple[str, ...]], attention: Sequence[str], *, expected_passes: int
+) -> Iterator[tuple[list[InputObservation], list[AttentionObservation]]]:
+    """Observe inputs for as long as the context lasts.
 
     Args:
         dit: The model.
-        groups: Names of layers, each group with one input; the first layer of each is observed.
-        expected_passes: Passes to come, about; decides how many rows each gives.
+        groups: Names of linear layers, each group with one input; the first of each is observed.
+        attention: Names of attention modules.
+        expected_passes: Passes to come, about; decides how many inputs are kept of each.
 
     Yields:
-        A mapping from each group to its observation, filled while passes run.
+        An observation of each group and one of each attention module, filled while passes run.
     """
-    rows_a_pass = max(1, -(-SAMPLE_ROWS // expected_passes))
-    observations: dict[tuple[str, ...], Observation] = {}
-    hooks = []
-    for group in groups:
-        linear = dit.get_submodule(group[0])
-        assert isinstance(linear, nn.Linear), f"{group[0]} is a linear layer"
-        peaks = torch.zeros(linear.in_features, device=linear.weight.device)
-        observations[group] = observation = Observation(peaks=peaks)
-        hooks.append(linear.register_forward_pre_hook(functools.partial(_observe, observation, rows_a_pass)))
+    inputs = [InputObservation(max(1, -(-SAMPLE_ROWS // expected_passes))) for _ in groups]
+    attended = [AttentionObservation() for _ in attention]
+    hooks = [
+        dit.get_submodule(group[0]).register_forward_pre_hook(seen) for group, seen in zip(groups, inputs, strict=True)
+    ]
+    hooks += [
+        dit.get_submodule(name).register_forward_pre_hook(seen) for name, seen in zip(attention, attended, strict=True)
+    ]
     try:
-        yield observations
+        yield inputs, attended
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _observe(observation: Observation, rows: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """Take note of one input [..., in]."""
-    tokens = args[0].flatten(0, -2)
-    observation.peaks = torch.maximum(observation.peaks, tokens.abs().amax(dim=0).float())
-    # Other rows in every pass: an odd stride from a moving start visits all of them in time.
-    start = 61 * len(observation.samples)
-    places = [(start + index * (len(tokens) // rows or 1)) % len(tokens) for index in range(rows)]
-    observation.samples.append(tokens[places].cpu())

@@ -27,6 +27,9 @@ PROMPTS = 8
 PROMPTS_REDUCED = 2
 """Clips that are run where the resolution is reduced."""
 
+CLIPS_OF_CHECKS = 3
+"""Clips that measuring takes afterwards: one for attention, one twice for the flow."""
+
 CPU_OPERATIONS = 4e13
 """Multiplications and additions that calibration may take on a CPU: about ten minutes on a few cores."""
 
@@ -78,7 +81,7 @@ def plan_passes(config: EngineConfig, *, device: str | None = None) -> PassPlan:
     passes = chunks * (plan_variant(config.variant).max_steps + 1)
 
     def operations(geometry: Geometry, prompts: int) -> float:
-        return 2.0 * linear_weights(spec) * geometry.chunk_tokens * passes * prompts
+        return 2.0 * linear_weights(spec) * geometry.chunk_tokens * passes * (prompts + CLIPS_OF_CHECKS)
 
     if device != "cpu" or operations(geometry, PROMPTS) <= CPU_OPERATIONS:
         return PassPlan(geometry=geometry, prompts=PROMPTS, chunks=chunks, device=device)
@@ -100,13 +103,13 @@ class ModuleEngine:
     """An engine that is the torch module itself, for passes before anything has been exported.
 
     Args:
-        network: Its module is on the session's device.
-        run: Called in place of the module, with the same inputs and outputs.
+        spec: The network.
+        run: Its module, or what is called in the module's place.
     """
 
-    def __init__(self, network: Network, run: Callable[..., Any] | None = None) -> None:
-        self.spec: NetworkSpec = network.spec
-        self._run = run or network.module
+    def __init__(self, spec: NetworkSpec, run: Callable[..., Any]) -> None:
+        self.spec = spec
+        self._run = run
         self._inputs: list[torch.Tensor] = []
         self._outputs: list[torch.Tensor | None] = []
 
@@ -132,7 +135,7 @@ def run_passes(
     plan: PassPlan,
     embeds: Sequence[torch.Tensor],
     *,
-    step: Callable[[nn.Module], Callable[..., Any]] = lambda module: module,
+    in_place_of: Callable[[Network], Callable[..., Any]] = lambda network: network.module,
 ) -> int:
     """Generate clips with the DiT's modules, every denoising and every context pass of them.
 
@@ -144,7 +147,7 @@ def run_passes(
         config: The engine's; its resolution gives way to the plan's.
         plan: Shapes.
         embeds: A clip's prompt embedding each, [B, text_len, text_dim]; the clip's place is the seed of its noise.
-        step: Gives what is run in place of the module of `dit_step`.
+        in_place_of: Gives what is run in place of the module of `dit_step`, and of `dit_context`.
 
     Returns:
         How many passes were run.
@@ -160,7 +163,9 @@ def run_passes(
 
     hooks = [network.module.register_forward_pre_hook(count) for network in networks if network.spec.name in _PASSES]
     engines: dict[str, Engine] = {
-        network.spec.name: ModuleEngine(network, step(network.module) if network.spec.name == "dit_step" else None)
+        network.spec.name: ModuleEngine(
+            network.spec, in_place_of(network) if network.spec.name in _PASSES else network.module
+        )
         for network in networks
     }
     specs = tuple(network.spec for network in networks)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, QuantizedCacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear
 from causal_forcing.runtime.errors import EngineDamagedError
 
 RECIPE_FILE = "quantization.safetensors"
 """File of an engine directory that holds its recipe: what verification quantises its modules with."""
+
+SENSITIVE_ERROR = 0.08
+"""Relative error of a layer's output above which it stays in the carrier type.
+
+Rounding both factors to e4m3's three bits of mantissa gives about 0.037 where errors are independent; more means that
+what is added up cancels, or that inputs lie below e4m3's range.
+"""
+
+HEADROOM = 2.0
+"""Factor on the largest magnitude seen: calibration sees few prompts, and a value out of range is cut off."""
 
 LINEAR_GROUPS = (
     ("self_attn.q", "self_attn.k", "self_attn.v"),
@@ -43,14 +54,27 @@ class Recipe:
     """The quantised layers of a DiT; what is not named stays in the carrier type."""
 
     linears: Mapping[str, InputScaling]
-    """Layer name, such as `blocks.0.ffn.2`, to its scaling."""
+    """Name of a linear layer, such as `blocks.0.ffn.2`, to its scaling."""
+    attention: Mapping[str, AttentionScales] = field(default_factory=dict)
+    """Name of an attention module, such as `blocks.0.cache_attention`, to its scales."""
 
     def apply(self, dit: CausalDiT) -> None:
-        """Replace the named linear layers by quantised ones."""
+        """Replace the named modules by quantised ones."""
+        for name, module in self.modules(dit).items():
+            dit.set_submodule(name, module)
+
+    def modules(self, dit: CausalDiT) -> dict[str, nn.Module]:
+        """Make the quantised modules that take the places of a model's own; the model is unchanged."""
+        quantised: dict[str, nn.Module] = {}
         for name, scaling in self.linears.items():
             linear = dit.get_submodule(name)
             assert isinstance(linear, nn.Linear), f"{name} is a linear layer that nobody has quantised yet"
-            dit.set_submodule(name, QuantizedLinear(linear, scaling.scale, scaling.multiplier))
+            quantised[name] = QuantizedLinear(linear, scaling.scale, scaling.multiplier)
+        for name, scales in self.attention.items():
+            attention = dit.get_submodule(name)
+            assert isinstance(attention, CacheAttention), f"{name} is attention that nobody has quantised yet"
+            quantised[name] = QuantizedCacheAttention(attention, scales, like=dit.patch_embedding.weight)
+        return quantised
 
     def write(self, folder: Path) -> None:
         """Write `RECIPE_FILE` into a folder."""
@@ -58,6 +82,8 @@ class Recipe:
         for name, scaling in self.linears.items():
             if scaling.multiplier is not None:
                 tensors[f"{name}.multiplier"] = scaling.multiplier.clone()  # layers of one input share it, files not
+        for name, scales in self.attention.items():
+            tensors[f"{name}.qkv"] = torch.tensor([scales.q, scales.k, scales.v])
         save_file(tensors, folder / RECIPE_FILE)
 
 
@@ -74,15 +100,20 @@ def find_recipe(folder: Path) -> Recipe | None:
         tensors = load_file(path)
     except Exception as error:  # safetensors' own exception has no public base class
         raise EngineDamagedError(f"{path} cannot be read ({error}); rebuild the engine with cf-build") from error
-    names = [name.removesuffix(".scale") for name in tensors if name.endswith(".scale")]
+
+    def names(ending: str) -> list[str]:
+        return [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+
+    attention = {name: tensors[f"{name}.qkv"].tolist() for name in names(".qkv")}
     return Recipe(
         linears={
             name: InputScaling(scale=float(tensors[f"{name}.scale"]), multiplier=tensors.get(f"{name}.multiplier"))
-            for name in names
-        }
+            for name in names(".scale")
+        },
+        attention={name: AttentionScales(q=q, k=k, v=v) for name, (q, k, v) in attention.items()},
     )
 
 
-def linear_names(layers: int) -> list[tuple[str, ...]]:
+def linear_groups(layers: int) -> list[tuple[str, ...]]:
     """Return the names of all linear layers that may be quantised, grouped by their input, layer after layer."""
     return [tuple(f"blocks.{layer}.{name}" for name in group) for layer in range(layers) for group in LINEAR_GROUPS]

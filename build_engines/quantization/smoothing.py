@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 
-STRENGTHS = (None, 0.25, 0.5, 0.75)
-"""Strengths that are tried; None leaves the input as it is."""
+STRENGTHS = (0.25, 0.5, 0.75)
+"""Strengths that are tried, beside none."""
+
+WORTHWHILE = 0.02
+"""Share of the error that smoothing must take away to be worth a multiplication in the graph.
+
+With e4m3 it seldom does: four bits of exponent keep the relative precision of channels that are a few thousand times
+smaller than the largest.
+"""
 
 
 def smoothing_multiplier(input_peaks: torch.Tensor, weight_peaks: torch.Tensor, strength: float) -> torch.Tensor:
