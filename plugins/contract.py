@@ -19,8 +19,8 @@ finite (a masked value counts as 0 · v), so caches start as zeros.
 Outputs: out [B, N, L, D], and the two caches, which alias their inputs wherever the body can write in place.
 
 Bodies: `reference` (plain PyTorch, the oracle), `torch_op` (the torch custom op; on a GPU it launches the Triton kernel
-in `kernels`), `onnx_function` (standard ONNX operators, carried inside every exported model), `v3_plugin` and
-`quick_plugin` (TensorRT, over the same kernel; `tensorrt_plugin` registers one of them).
+in `kernels`), `onnx_bodies` (standard ONNX operators, carried inside every exported model, whose node is that of
+`onnx_function`), `v3_plugin` and `quick_plugin` (TensorRT, over the same kernel; `tensorrt_plugin` registers them).
 """
 
 DOMAIN = "causal_forcing"
