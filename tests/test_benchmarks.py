@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-SMALL = ("--slug", "tiny", "--pixel-height", "32", "--pixel-width", "48", "--backend", "torch")
+SMALL = ("--slug", "tiny", "--pixel-height", "32", "--pixel-width", "48")
 
 
 def run_benchmark(name: str, *arguments: str) -> str:
@@ -20,7 +22,8 @@ def run_benchmark(name: str, *arguments: str) -> str:
 
 
 def test_session_clip_reports_every_step_and_its_conditions(tmp_path: Path) -> None:
-    printed = run_benchmark("session_clip.py", "--total-blocks", "2", "--repeats", "1", "--output", str(tmp_path))
+    arguments = ("--backend", "torch", "--total-blocks", "2", "--repeats", "1", "--output", str(tmp_path))
+    printed = run_benchmark("session_clip.py", *arguments)
     (path,) = tmp_path.iterdir()
     record: dict[str, Any] = json.loads(path.read_text())
     assert json.loads(printed) == record
@@ -31,10 +34,24 @@ def test_session_clip_reports_every_step_and_its_conditions(tmp_path: Path) -> N
 
 
 def test_full_size_export_exports_and_verifies_in_two_phases() -> None:
-    export, verify = map(json.loads, run_benchmark("full_size_export.py").splitlines())
+    export, verify = map(json.loads, run_benchmark("full_size_export.py", "--backend", "torch").splitlines())
     assert (export["phase"], verify["phase"]) == ("export", "verify")
     assert set(export["network_seconds"]) == set(verify["networks"])
     assert all(entry["max_error"] <= 1e-4 * entry["magnitude"] for entry in verify["networks"].values())
+
+
+def test_plan_builds_compiles_a_network_that_slugs_share_once_and_proves_it_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    slugs = ("tiny", "tiny-i2v")
+    parts = ("--parts", "text_encoder", "--prove", "text_encoder")
+    printed = run_benchmark("plan_builds.py", "--slug", *slugs, *parts, "--output", str(tmp_path))
+    record: dict[str, Any] = json.loads((tmp_path / "plan_builds-tiny-tensorrt-rtx-bf16.json").read_text())
+    assert json.loads(printed) == record
+    assert record["conditions"]["compute_capabilities"] == [86, 89, 120]
+    (network,) = record["networks"]
+    assert (network["name"], network["slugs"], network["same_onnx_sha256"]) == ("text_encoder", [*slugs], ["tiny-i2v"])
+    assert network["plan_bytes"] > 2 * network["parameters"]
+    assert 0 < network["compile_peak_gib"] < 4
 
 
 def test_committed_results_say_what_they_were_taken_with() -> None:
