@@ -40,8 +40,9 @@ class Backend:
     """GPU generations that it runs on; None is all."""
 
     def installed(self) -> bool:
-        """Return whether its module is here."""
-        return importlib.util.find_spec(self.module) is not None
+        """Return whether its module is here: more than a folder of type stubs, which has no origin."""
+        spec = importlib.util.find_spec(self.module)
+        return spec is not None and spec.origin is not None
 
     @property
     def makes_plans(self) -> bool:

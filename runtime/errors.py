@@ -7,6 +7,7 @@
     │   ├── ImageError                             missing, unreadable or unfit conditioning image
     │   ├── CheckpointError                        unreadable, unsafe or misfitting weights
     │   └── RecordError                            unreadable or incompatible clip record
+    ├── TensorRTError                     exit 1   a call of TensorRT failed; carries what its error recorder noted
     ├── PlanError                         exit 1   TensorRT makes no plan of a graph, or not the plan that was asked for
     └── RequirementError                  exit 3   the request is right, this machine or folder cannot serve it
         ├── BackendUnavailableError                no usable backend, or the chosen one is not installed
@@ -72,6 +73,10 @@ class CheckpointError(UsageError):
 
 class RecordError(UsageError):
     """A clip record that cannot be read or repeated."""
+
+
+class TensorRTError(CausalForcingError):
+    """A call of TensorRT failed; the message carries what its error recorder noted."""
 
 
 class PlanError(CausalForcingError):

@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EngineDamagedError(f"{path} is not a readable manifest ({error!r}); rebuild it: cf-build SLUG") from error
-    fix = _rebuild_command(folder, fields)
+    fix = rebuild_command(folder, fields)
     if schema_version != SCHEMA_VERSION:
         raise EngineMismatchError("schema_version", got=schema_version, expected=SCHEMA_VERSION, fix=fix)
     try:
@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _rebuild_command(folder: Path, fields: Any) -> str:
+def rebuild_command(folder: Path, fields: Any) -> str:
     """Return the command that makes an engine anew where it is, as far as its manifest's fields tell."""
     try:
         command = build_command(fields)
@@ -148,7 +148,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         EngineDamagedError: A file is missing or differs.
     """
-    fix = _rebuild_command(folder, manifest.config.fields())
+    fix = rebuild_command(folder, manifest.config.fields())
 
     def check(item: tuple[str, EngineFile]) -> None:
         name, entry = item

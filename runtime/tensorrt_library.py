@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from causal_forcing.runtime.backends import BACKENDS
-from causal_forcing.runtime.errors import BackendUnavailableError, CausalForcingError
+from causal_forcing.runtime.errors import BackendUnavailableError, TensorRTError
 
 LOGGER = logging.getLogger("causal_forcing.tensorrt")
 """Where TensorRT's own messages go; nowhere, if nobody listens."""
@@ -32,10 +32,6 @@ DTYPES = {
 """Element type to TensorRT's name of it."""
 
 Result = TypeVar("Result")
-
-
-class TensorRTError(CausalForcingError):
-    """A TensorRT call failed; the message carries what its error recorder noted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

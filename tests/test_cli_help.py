@@ -90,14 +90,14 @@ def test_every_option_has_help() -> None:
         ("runtime.cli", ["tinny", "--prompt", "a cat"], 2),
         ("runtime.cli", ["tiny", "--prompt", " "], 2),
         ("runtime.cli", ["tiny", "--prompt", "a cat", "--pixel-height", "100"], 2),
-        ("runtime.cli", ["tiny", "--prompt", "a cat", "--precision", "fp8"], 2),
+        ("runtime.cli", ["tiny", "--prompt", "a cat", "--precision", "int3"], 2),
         ("runtime.cli", ["tiny", "--prompt", "a cat", "--no-such-option"], 2),
         ("runtime.cli", ["tiny-i2v", "--prompt", "a cat", "--output", "clip.mp4"], 2),
         ("runtime.cli", ["--from-record", "missing.json"], 2),
         ("build_engines.cli", ["--help"], 0),
         ("build_engines.cli", ["build", "--help"], 0),
         ("build_engines.cli", ["--version"], 0),
-        ("build_engines.cli", ["tiny", "--precision", "fp8"], 2),
+        ("build_engines.cli", ["tiny", "--precision", "int3"], 2),
     ],
 )
 def test_what_needs_no_model_loads_no_framework(

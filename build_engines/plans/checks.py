@@ -20,18 +20,7 @@ from causal_forcing.build_engines.plans.lowering import (
 )
 from causal_forcing.runtime.errors import PlanError
 from causal_forcing.runtime.spec import IOTensor
-from causal_forcing.runtime.tensorrt_library import TensorRTLibrary
-
-DTYPES = {
-    "float32": "FLOAT",
-    "bfloat16": "BF16",
-    "float16": "HALF",
-    "float8_e4m3fn": "FP8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
-"""Element type to TensorRT's name of it."""
+from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTLibrary
 
 _FLOATS = ("FLOAT", "BF16", "HALF", "FP8", "INT8", "FP4", "INT4", "UINT8", "E8M0")
 

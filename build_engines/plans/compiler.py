@@ -25,11 +25,6 @@ NetworkPass = Callable[[TensorRTLibrary, Any], None]
 """A change of the parsed network before it is checked; tests break networks with it."""
 
 
-_KEPT: list[object] = []
-"""What plans were built with. TensorRT-RTX 1.7.1 crashes when a builder that had an error recorder is destroyed, so the
-process, which is made for one plan, ends without that."""
-
-
 def compile_plan(
     job: PlanJob,
     *,
@@ -54,10 +49,11 @@ def compile_plan(
     if job.options.plugin is not None:
         _register_plugin(trt, job.options.plugin)
     builder = trt.Builder(library.logger)
-    builder.error_recorder = library.recorder
     started_s = time.monotonic()
     network = builder.create_network(_network_flags(library, job))
     model, parser = parse(library, network, job)
+    # Not before: a parser made on a network that has a recorder crashes TensorRT-RTX 1.7.1 when both are freed.
+    builder.error_recorder = library.recorder
     network_pass(library, network)
     check_network(library, network, model, job)
     parsed_s = time.monotonic()
@@ -65,7 +61,7 @@ def compile_plan(
     config.progress_monitor = make_monitor(trt, emit, is_cancelled)
     timing_cache = _load_timing_cache(config, job)
     plan = builder.build_serialized_network(network, config)
-    _KEPT.append((builder, network, parser, config))
+    del parser  # not before: the network's weights lie in its memory
     if plan is None:
         reason = "it was cancelled" if is_cancelled() else library.recorder.text() or "TensorRT does not say why"
         raise PlanError(f"{trt.__name__} cannot build {job.spec.name}: {reason}")

@@ -9,7 +9,8 @@ from typing import Any
 
 import filelock
 
-from causal_forcing.runtime.tensorrt_library import LOGGER, TensorRTError, TensorRTLibrary
+from causal_forcing.runtime.errors import TensorRTError
+from causal_forcing.runtime.tensorrt_library import LOGGER, TensorRTLibrary
 
 SUFFIX = ".runtime_cache"
 """Of the files. They belong to one machine and come after the build, so no manifest lists them."""

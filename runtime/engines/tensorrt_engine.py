@@ -14,9 +14,14 @@ import torch
 
 from causal_forcing.runtime.engines.runtime_cache import RuntimeCache, runtime_cache_path
 from causal_forcing.runtime.engines.tensorrt_runtime import TensorRTRuntime
-from causal_forcing.runtime.errors import BackendUnavailableError, EngineDamagedError, EngineMismatchError
+from causal_forcing.runtime.errors import (
+    BackendUnavailableError,
+    EngineDamagedError,
+    EngineMismatchError,
+    TensorRTError,
+)
 from causal_forcing.runtime.spec import NetworkSpec
-from causal_forcing.runtime.tensorrt_library import DTYPES, LOGGER, TensorRTError
+from causal_forcing.runtime.tensorrt_library import DTYPES, LOGGER
 
 _DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -13,7 +13,7 @@ import torch
 from causal_forcing.runtime.backends import BACKENDS, capability
 from causal_forcing.runtime.config import FP8_COMPUTE_CAPABILITY, PlanOptions
 from causal_forcing.runtime.errors import EngineMismatchError
-from causal_forcing.runtime.manifest import Manifest, _rebuild_command
+from causal_forcing.runtime.manifest import Manifest, rebuild_command
 from causal_forcing.runtime.tensorrt_library import TensorRTLibrary, load_library
 
 
@@ -30,7 +30,7 @@ def check_plans(folder: Path, manifest: Manifest, device: torch.device) -> None:
             "backend_version",
             got=f"{config.backend} {config.backend_version}",
             expected=installed,
-            fix=_rebuild_command(folder, config.fields()),
+            fix=rebuild_command(folder, config.fields()),
         )
     here = capability(str(device))
     if here not in plan.compute_capabilities:
@@ -42,7 +42,7 @@ def check_plans(folder: Path, manifest: Manifest, device: torch.device) -> None:
             "compute_capabilities",
             got=", ".join(f"sm_{number}" for number in plan.compute_capabilities),
             expected=f"sm_{here}, the GPU of this machine",
-            fix=_rebuild_command(folder, wanted.fields()),
+            fix=rebuild_command(folder, wanted.fields()),
         )
 
 
@@ -64,7 +64,7 @@ class TensorRTRuntime:
         check_plans(folder, manifest, device)
         config = manifest.config
         self.device = device
-        self.rebuild_command = _rebuild_command(folder, config.fields())
+        self.rebuild_command = rebuild_command(folder, config.fields())
         self.library: TensorRTLibrary = load_library(config.backend)
         self.memory = ActivationMemory(device)
         trt = self.library.trt

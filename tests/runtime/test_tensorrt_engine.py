@@ -28,12 +28,17 @@ from causal_forcing.runtime.config import EngineOptions, PlanOptions
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines import tensorrt_runtime
 from causal_forcing.runtime.engines.tensorrt_engine import TensorRTEngine
-from causal_forcing.runtime.errors import BackendUnavailableError, EngineDamagedError, EngineMismatchError
+from causal_forcing.runtime.errors import (
+    BackendUnavailableError,
+    EngineDamagedError,
+    EngineMismatchError,
+    TensorRTError,
+)
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest, check_files, describe_files
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.spec import IOTensor, NetworkSpec
-from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTError, TensorRTLibrary, load_library
+from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTLibrary, load_library
 
 VERSION = "11.4.0.106"
 GPU = 89

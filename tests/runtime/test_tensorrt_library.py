@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from causal_forcing.runtime.errors import BackendUnavailableError
-from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTError, TensorRTLibrary, load_library
+from causal_forcing.runtime.errors import BackendUnavailableError, TensorRTError
+from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTLibrary, load_library
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 
