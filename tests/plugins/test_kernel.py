@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import random
@@ -91,6 +92,8 @@ CASES = [*RANDOM, *(poisoned(case) for case in RANDOM), *CHANCE, EMPTY]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """What the interpreted kernel gives for `CASES`."""
+    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4")
     folder = tmp_path_factory.mktemp("kernel")
     torch.save([(case.scale, case.tensors) for case in CASES], folder / "cases.pt")
     script = Path(__file__).with_name("interpreted_kernel.py")
