@@ -35,7 +35,7 @@ def function_body(*, writes: int) -> onnx.FunctionProto:
         helper.make_node("Shape", ["k_cache"], ["cache_slots"], name="cache_slots", start=2, end=3),
         helper.make_node("Cast", ["slots"], ["slots_int64"], name="slots_int64", to=onnx.TensorProto.INT64),
         *_constants(),
-        *_cache_writes(writes),
+        *cache_writes(writes),
         *_valid_mask(),
     ]
     attention = helper.make_node("Attention", ["q", "k_cache_out", "v_cache_out", "mask"], ["out"], name="attention")
@@ -57,7 +57,7 @@ def native_function_body() -> onnx.FunctionProto:
     nodes = [
         helper.make_node("Shape", ["q"], ["batch"], name="batch", start=0, end=1),
         helper.make_node("Cast", ["slots"], ["slots_int64"], name="slots_int64", to=onnx.TensorProto.INT64),
-        *_cache_writes(1),
+        *cache_writes(1),
         scale,
         helper.make_node("Cast", ["q"], ["q_fp32"], name="q_fp32", to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", ["q_fp32", "scale"], ["q_scaled_fp32"], name="q_scaled_fp32"),
@@ -83,7 +83,7 @@ def _constants() -> list[onnx.NodeProto]:
     ]
 
 
-def _cache_writes(writes: int) -> list[onnx.NodeProto]:
+def cache_writes(writes: int) -> list[onnx.NodeProto]:
     """Write k and v: `writes` equal runs of tokens, each to the slot of its first frame."""
     nodes: list[onnx.NodeProto] = []
     for index in range(writes):

@@ -14,6 +14,7 @@ import onnx
 from onnx import helper
 
 from causal_forcing.build_engines.plans.job import PlanJob
+from causal_forcing.build_engines.quantization.native_attention import lower_quantised_attention
 from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
 from causal_forcing.plugins.onnx_bodies import native_function_body
 from causal_forcing.runtime.errors import PlanError
@@ -46,8 +47,9 @@ def parse(library: TensorRTLibrary, network: Any, job: PlanJob) -> tuple[onnx.Mo
 
 
 def count_cache_attention(model: onnx.ModelProto) -> int:
-    """Return how many KVCacheAttention nodes a graph holds."""
-    return sum(node.domain == DOMAIN and node.op_type == ONNX_NAME for node in model.graph.node)
+    """Return how many KVCacheAttention nodes a graph holds, those that have been lowered included."""
+    nodes = [(node.domain, node.op_type) for node in model.graph.node]
+    return nodes.count((DOMAIN, ONNX_NAME)) + nodes.count(("trt", "TRT_Attention"))
 
 
 def attach_lengths(library: TensorRTLibrary, network: Any) -> None:
@@ -92,6 +94,7 @@ def layers(network: Any) -> Iterator[Any]:
 
 
 def _exchange_body(model: onnx.ModelProto) -> None:
+    lower_quantised_attention(model)
     for function in model.functions:
         if (function.domain, function.name) == (DOMAIN, ONNX_NAME):
             function.CopyFrom(native_function_body())
