@@ -92,5 +92,10 @@ def test_on_a_terminal_every_phase_is_a_bar_below_its_parent(
         display.compile("dit_step", tree)
         assert [task.visible for task in display._live.tasks] == [True, False, False]
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
-    for bar in (" 1/6  Building engine", " 0/3    Optimizing graph", " 7/40     Timing graph nodes"):
-        assert bar in plain
+    # Counts are a column of five; a phase begins two columns to the right of its parent.
+    for count, indent, name in (
+        ("1/6  ", 0, "Building engine"),
+        ("0/3  ", 2, "Optimizing graph"),
+        (" 7/40", 4, "Timing"),
+    ):
+        assert f" {count} {' ' * indent}{name}" in plain
