@@ -9,7 +9,11 @@ io_tensors and the way chunks lie in the cache agree: nothing else enters an exp
 name and shape alone. With `--prove` it is exported for each slug all the same, and the hashes of graph and weights are
 compared.
 
+In fp8 every linear layer and every attention over the cache is quantised, with scales that nobody calibrated: a plan is
+as large and takes as long whatever they are.
+
     python benchmarks/plan_builds.py --prove dit vae --output benchmarks/results
+    python benchmarks/plan_builds.py --precision fp8 --parts dit --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from causal_forcing.build_engines.model_loading import HollowModels
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.plans.job import onnx_sha256
 from causal_forcing.build_engines.plans.plan_set import compile_plans
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
+from causal_forcing.build_engines.quantization.recipe import InputScaling, Recipe, linear_groups
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.spec import VARIANTS, NetworkSpec
 
@@ -131,7 +137,7 @@ def export_apart(slug: str, part: str, specs: Iterable[NetworkSpec], folder: Pat
 def export(job: BuildJob, names: set[str], folder: Path) -> dict[str, dict[str, Any]]:
     """Export the named networks into a folder; returns seconds, bytes, and the peak memory of this process so far."""
     exported: dict[str, dict[str, Any]] = {}
-    for network in cut_networks(job):
+    for network in cut_networks(job, uncalibrated_recipe(job.config)):
         name = network.spec.name
         if name not in names:
             continue
@@ -145,6 +151,18 @@ def export(job: BuildJob, names: set[str], folder: Path) -> dict[str, dict[str, 
             "onnx_bytes": sum(file.stat().st_size for file in folder.glob(f"{path.name}*")),
         }
     return exported
+
+
+def uncalibrated_recipe(config: EngineConfig) -> Recipe | None:
+    """Return what an fp8 build quantises at most; None for other precisions."""
+    if config.precision != "fp8":
+        return None
+    layers = config.variant.model.dit.num_layers
+    scaling, scales = InputScaling(scale=2.0**-6), AttentionScales(q=2.0**-6, k=2.0**-6, v=2.0**-6)
+    return Recipe(
+        linears={name: scaling for group in linear_groups(layers) for name in group},
+        attention={f"blocks.{layer}.cache_attention": scales for layer in range(layers)},
+    )
 
 
 def compile_all(
