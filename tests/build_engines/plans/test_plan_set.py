@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ def build(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
     """Build an engine of plans in a folder of this module's; returns its folder and what was narrated."""
     root = tmp_path_factory.mktemp("engines")
 
+    @functools.cache
     def build_plans(*arguments: str) -> tuple[Path, str]:
         finished = run("cf-build", *arguments, "--backend", "tensorrt-rtx", "--output", str(root))
         assert finished.returncode == 0, finished.stderr
@@ -46,7 +48,7 @@ def plans_of(folder: Path) -> dict[str, Any]:
         ("tiny", "bf16", [86, 89, 120], SMALL),
         ("tiny-i2v", "fp16", [89], (*SMALL, "--compute-capability", "89")),
         ("shapes", "bf16", [86, 89, 120], ()),
-        ("shapes", "fp8", [89, 120], ()),
+        ("tiny", "fp8", [89, 120], SMALL),
     ],
 )
 def test_every_network_of_a_slug_compiles(
@@ -59,7 +61,7 @@ def test_every_network_of_a_slug_compiles(
     folder, _ = build(slug, "--precision", precision, *arguments)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    assert {path.suffix for path in folder.iterdir() if path.is_file()} == {".plan", ".json"}, "no graph is left"
+    assert not [path.name for path in folder.iterdir() if ".onnx" in path.name], "no graph is left"
     plans = plans_of(folder)
     assert list(plans) == [network.name for network in manifest.networks]
     for name, record in plans.items():
@@ -92,13 +94,17 @@ def test_plan_of_the_same_graph_is_taken_from_the_engine_that_has_it(
 
 
 def test_damaged_plan_is_not_taken(build: Callable[..., tuple[Path, str]]) -> None:
-    first, _ = build("tiny", *SMALL, "--window-frames", "12")
-    for path in first.parent.glob("*/prompt_kv.plan"):
-        content = path.read_bytes()
-        path.unlink()  # it may be the same file in several engines
+    first, _ = build("tiny", *SMALL)
+    damaged = [*first.parent.glob("*/prompt_kv.plan")]
+    contents = [path.read_bytes() for path in damaged]
+    for path, content in zip(damaged, contents, strict=True):
+        path.unlink()  # it may be one file in several engines
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    second, narrated = build("tiny", *SMALL, "--window-frames", "15")
+    second, narrated = build("tiny", *SMALL, "--window-frames", "12")
+    for path, content in zip(damaged, contents, strict=True):
+        path.write_bytes(content)
     assert "prompt_kv: compiling" in narrated
+    assert "vae_decoder: compiling" not in narrated
     check_files(second, read_manifest(second))
 
 
