@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear, power_of_two_scale
 from causal_forcing.build_engines.quantization.observation import InputObservation
 from causal_forcing.build_engines.quantization.recipe import HEADROOM, SENSITIVE_ERROR, InputScaling
@@ -48,12 +47,12 @@ class LinearChoice:
         }
 
 
-def choose_linears(dit: CausalDiT, group: Sequence[str], observation: InputObservation) -> list[LinearChoice]:
+def choose_linears(model: nn.Module, group: Sequence[str], observation: InputObservation) -> list[LinearChoice]:
     """Choose scales for the layers of one input, and whether each of them is quantised.
 
     They share the input's scale and smoothing, so that a graph quantises it once.
     """
-    linears = {name: linear_layer(dit, name) for name in group}
+    linears = {name: linear_layer(model, name) for name in group}
     rows = observation.rows().to(observation.peaks.device)
     weight_peaks = torch.stack([linear.weight.abs().amax(dim=0).float() for linear in linears.values()]).amax(dim=0)
     tried: dict[float | None, tuple[InputScaling, dict[str, float]]] = {}
@@ -98,8 +97,8 @@ def output_error(linear: nn.Linear, scaling: InputScaling, rows: torch.Tensor) -
     return (float((got - want).square().mean()) / magnitude) ** 0.5 if magnitude else 0.0
 
 
-def linear_layer(dit: CausalDiT, name: str) -> nn.Linear:
+def linear_layer(model: nn.Module, name: str) -> nn.Linear:
     """Return a linear layer that is still in the carrier type."""
-    linear = dit.get_submodule(name)
+    linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear), f"{name} is a linear layer that nobody has quantised yet"
     return linear

@@ -30,8 +30,8 @@ PROMPTS_REDUCED = 2
 CLIPS_OF_CHECKS = 3
 """Clips that measuring takes afterwards: one for attention, one twice for the flow."""
 
-CPU_OPERATIONS = 4e13
-"""Multiplications and additions that calibration may take on a CPU: about ten minutes on a few cores."""
+CPU_OPERATIONS = 8e13
+"""Multiplications and additions that calibration may take on a CPU."""
 
 _PASSES = ("dit_step", "dit_context")
 
