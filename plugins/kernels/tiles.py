@@ -30,13 +30,14 @@ class Tile:
     """Shared memory it takes at most, as compiled for sm_90 by Triton 3.6 and 3.9."""
 
 
-# Best first. Chosen by what compiles with hardly a spilled register; not timed yet.
+# Best first. For heads of 128 timed on an H100 (docs/performance.md), the others chosen by what compiles with hardly a
+# spilled register.
 _HALF_NARROW = (
     Tile(queries=128, keys=64, warps=4, stages=3, shared_bytes=65536),
     Tile(queries=64, keys=64, warps=4, stages=2, shared_bytes=40960),
 )
 _HALF_WIDE = (
-    Tile(queries=128, keys=128, warps=8, stages=2, shared_bytes=163840),
+    Tile(queries=128, keys=64, warps=8, stages=3, shared_bytes=131072),
     Tile(queries=64, keys=32, warps=4, stages=2, shared_bytes=49152),
 )
 # fp32 is multiplied exactly, outside of the tensor cores, and holds its operands in registers.
