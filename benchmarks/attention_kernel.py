@@ -45,6 +45,8 @@ def main() -> None:
             "triton": triton.__version__,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             "precision": arguments.precision,
+            "weights": "none: random queries, keys and values",
+            "geometry": {"pixel_height": 480, "pixel_width": 832, "window_frames": 21},
             "heads": WAN21_T2V_1_3B.dit.num_heads,
             "head_dim": WAN21_T2V_1_3B.dit.head_dim,
         },
