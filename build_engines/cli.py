@@ -213,6 +213,7 @@ def _verify_quality(options: EngineOptions, root: Path, device: str, prompts: in
 
     check_measurable(options)
     cases = choose_cases(prompts)
+    resolve_engine(options, weights="", device=device)  # clips are made here: the backend must run here
     _require_engine(options, root, device)
     folder = make_job(options, device=device).config.folder(root)
     job = make_job(reference_options(options), device=device)
