@@ -26,6 +26,9 @@ IR_VERSION = 11
 EXTERNAL_DATA_BYTES = 1 << 30
 """Weights above this go to a file of their own: protobuf ends at 2 GiB."""
 
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where the exporter notes the source lines that a node comes from."""
+
 SLOW_RULE = "SlicesSplit"
 """The rule of onnxscript's optimiser that is tried on every pair of nodes, by its name."""
 
@@ -77,6 +80,9 @@ def save_onnx(program: torch.export.ExportedProgram, network: Network, path: Pat
         model.functions[(DOMAIN, ONNX_NAME, "")] = onnx_ir.serde.deserialize_function(
             function_body(writes=cache_writes)
         )
+    for node in model.graph:
+        # Paths and line numbers of the machine that exports: graphs that compute the same shall be the same.
+        node.metadata_props.pop(STACK_TRACE, None)
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with _quiet():
         exported.save(path, external_data=weight_bytes > EXTERNAL_DATA_BYTES)

@@ -149,6 +149,13 @@ def test_saved_program_gives_what_the_module_gives(linear: Network, tmp_path: Pa
     assert torch.equal(torch.export.load(tmp_path / "linear.pt2").module()(x), linear.module(x))
 
 
+def test_graph_does_not_say_where_its_sources_lie(attend: Network, tmp_path: Path) -> None:
+    path = tmp_path / "attend.onnx"
+    save_onnx(export_program(attend), attend, path, cache_writes=1)
+    for folder in {Path(__file__).parent, Path(export.__file__).parents[1], Path(torch.__file__).parent}:
+        assert str(folder).encode() not in path.read_bytes()
+
+
 def test_export_leaves_the_optimisers_rules_as_they_were_and_still_needs_to_leave_one_out(
     attend: Network, tmp_path: Path
 ) -> None:
