@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from causal_forcing.build_engines import cli_tables as tables
 from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.config import EngineOptions, cache_folder, package_version
@@ -23,7 +23,6 @@ from causal_forcing.runtime.spec import VARIANTS
 
 if TYPE_CHECKING:
     from causal_forcing.build_engines.builder import BuildJob
-    from causal_forcing.build_engines.planner import BuildPlan
 
 # Commands import what they need when they run: `--help` and `doctor` must not wait for torch.
 
@@ -85,7 +84,7 @@ def plan(
     if as_json:
         console.print_json(outcome.summary())
     else:
-        _print_plan(outcome)
+        tables.print_plan(outcome)
 
 
 @app.command()
@@ -119,23 +118,7 @@ def verify(
     if as_json:
         console.print_json([dataclasses.asdict(comparison) for comparison in comparisons])
     else:
-        console.print_table(
-            ("network", "output", "engine", "beside", "max error", "mean error", "cosine", "PSNR", "result"),
-            [
-                (
-                    c.network,
-                    c.output,
-                    c.engine,
-                    c.reference,
-                    f"{c.max_error:.2e}",
-                    f"{c.mean_error:.2e}",
-                    f"{c.cosine:.6f}",
-                    "same" if c.psnr_db is None else f"{c.psnr_db:.1f} dB",
-                    c.verdict,
-                )
-                for c in comparisons
-            ],
-        )
+        tables.print_comparisons(comparisons)
     if job.config.plan is not None and not any(c.engine.startswith(job.config.backend) for c in comparisons):
         console.warn(f"the plans were not executed: {job.config.backend} runs on none of this machine's devices")
     failed = sum(not comparison.passed for comparison in comparisons)
@@ -157,19 +140,7 @@ def inspect(
     if as_json:
         console.print_json(summary)
         return
-    console.print_table(("field", "value"), summary["config"].items())
-    console.print_line("")
-    console.print_table(
-        ("network", "file", "size", "inputs", "outputs", "operators"),
-        [
-            (row["network"], row["file"], _size(row["bytes"]), row["inputs"], row["outputs"], row["operators"])
-            for row in summary["networks"]
-        ],
-    )
-    plans = [row["plan"] for row in summary["networks"] if row["plan"]]
-    if plans:
-        console.print_line("")
-        _print_plans(plans)
+    tables.print_engine(summary)
 
 
 @app.command()
@@ -198,7 +169,7 @@ def _build(job: BuildJob, folder: Path, reason: str) -> None:
     with BuildDisplay(network_names(config.variant)) as display:
         manifest = build_engine(job, folder, progress=display.export, plan_progress=display.compile)
     size_bytes = sum(entry.bytes for entry in manifest.files.values())
-    console.narrate(f"built in {manifest.build['seconds']} s, {_size(size_bytes)}")
+    console.narrate(f"built in {manifest.build['seconds']} s, {tables.size(size_bytes)}")
 
 
 def _verify_quality(options: EngineOptions, root: Path, device: str, prompts: int | None, *, as_json: bool) -> None:
@@ -226,20 +197,7 @@ def _verify_quality(options: EngineOptions, root: Path, device: str, prompts: in
     if as_json:
         console.print_json(report)
     else:
-        engines = [engine for engine in (report.engine, report.reference) if engine is not None]
-        console.print_table(
-            ("engine", "clips", *(name for name, _ in report.engine.scores.items()), "steady fps", "PSNR"),
-            [
-                (
-                    engine.name,
-                    len(cases),
-                    *(f"{share.fraction:.1%}" for _, share in engine.scores.items()),
-                    f"{engine.steady_fps:.1f}",
-                    f"{report.psnr_db:.1f} dB" if engine is report.engine and report.psnr_db is not None else None,
-                )
-                for engine in engines
-            ],
-        )
+        tables.print_quality(report, clips=len(cases))
     if report.reference is not None and report.reference_misses:
         console.warn(f"the reference itself is not good enough: {'; '.join(report.reference_misses)}")
     for failure in report.failures:
@@ -292,44 +250,6 @@ def _is_usable(folder: Path) -> bool:
         console.warn(f"building again: {error}")
         return False
     return True
-
-
-def _print_plan(outcome: BuildPlan) -> None:
-    console.print_table(
-        ("network", "weights", "action"),
-        [(name, _size(size), "reuse" if outcome.reuse else "build") for name, size in outcome.networks.items()],
-    )
-    free = shutil.disk_usage(_existing(outcome.folder)).free
-    console.print_line(f"{'reuse' if outcome.reuse else 'build'}: {outcome.reason}")
-    console.print_line(f"folder: {outcome.folder}")
-    console.print_line(f"disk: {_size(sum(outcome.networks.values()))} of weights, {_size(free)} free")
-    console.print_line(f"memory of a session's buffers: {_size(outcome.buffer_bytes)}")
-    for download in outcome.downloads:
-        state = "cached" if download.cached else "to download"
-        console.print_line(f"{state}: {download.repo}@{download.revision[:12]} {download.filename}")
-
-
-def _print_plans(plans: list[dict[str, Any]]) -> None:
-    from causal_forcing.build_engines.plans.job import HEAVY_LAYERS
-
-    headers = ("network", "layers", "arithmetic in", "aliases", "io_tensors", "of it caches", "plan", "activations")
-    rows = []
-    for plan in plans:
-        memory, engine = plan["memory"], plan["engine"]
-        heavy = {kind: count for kind, count in plan["precisions"].items() if kind.split()[0] in HEAVY_LAYERS}
-        arithmetic = ", ".join(f"{kind} {count}" for kind, count in heavy.items())
-        sizes = (_size(memory[name]) for name in ("io_tensor_bytes", "cache_bytes", "plan_bytes"))
-        activations = _size(engine["activation_bytes"]) if engine else "known on the GPU"
-        rows.append((plan["network"], len(plan["layers"]), arithmetic, len(plan["aliases"]), *sizes, activations))
-    console.print_table(headers, rows)
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes < 2**30 else f"{size_bytes / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":
