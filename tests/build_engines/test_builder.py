@@ -37,7 +37,7 @@ def linear(name: str) -> Network:
 def job(monkeypatch: pytest.MonkeyPatch) -> BuildJob:
     """A job of three small networks, quick to build."""
 
-    def cut(job: BuildJob) -> Iterator[Network]:
+    def cut(job: BuildJob, recipe: object = None) -> Iterator[Network]:
         yield from map(linear, NAMES)
 
     monkeypatch.setattr(builder, "cut_networks", cut)
