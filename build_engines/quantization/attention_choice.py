@@ -14,7 +14,7 @@ from torch import nn
 from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, query_factor
 from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize, power_of_two_scale
-from causal_forcing.build_engines.quantization.recipe import HEADROOM, SENSITIVE_ERROR
+from causal_forcing.build_engines.quantization.recipe import HEADROOM, SENSITIVE_ATTENTION_ERROR
 from causal_forcing.plugins import reference
 
 
@@ -72,7 +72,7 @@ class AttentionErrors:
         choices = []
         for name, (error, magnitude) in self._squares.items():
             relative = float((error / magnitude).sqrt()) if magnitude else 0.0
-            quantised = relative <= SENSITIVE_ERROR
+            quantised = relative <= SENSITIVE_ATTENTION_ERROR
             choices.append(AttentionChoice(name=name, quantised=quantised, error=relative, scales=self._scales[name]))
         return choices
 

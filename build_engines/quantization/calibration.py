@@ -15,7 +15,13 @@ from causal_forcing.build_engines.quantization.linear_choice import choose_linea
 from causal_forcing.build_engines.quantization.observation import observed
 from causal_forcing.build_engines.quantization.passes import plan_passes, run_passes
 from causal_forcing.build_engines.quantization.prompts import embed_prompts
-from causal_forcing.build_engines.quantization.recipe import HEADROOM, SENSITIVE_ERROR, Recipe, linear_groups
+from causal_forcing.build_engines.quantization.recipe import (
+    HEADROOM,
+    SENSITIVE_ATTENTION_ERROR,
+    SENSITIVE_ERROR,
+    Recipe,
+    linear_groups,
+)
 from causal_forcing.runtime.config import EngineConfig
 
 ATTENTION_BACKENDS = ("onnxruntime", "tensorrt-rtx")
@@ -36,7 +42,7 @@ class Calibration:
 def calibrate(source: ModelSource, config: EngineConfig, tokenizer: Path | None) -> Calibration:
     """Run real passes and decide, layer by layer.
 
-    The same weights, machine and configuration give the same outcome.
+    The same weights, machine, number of threads and configuration give the same outcome.
 
     Args:
         source: Weights.
@@ -73,6 +79,7 @@ def calibrate(source: ModelSource, config: EngineConfig, tokenizer: Path | None)
         "format": "e4m3",
         "calibration": {"prompts": prompts, "passes": passes, **plan.fields()},
         "sensitive_error": SENSITIVE_ERROR,
+        "sensitive_attention_error": SENSITIVE_ATTENTION_ERROR,
         "headroom": HEADROOM,
         "flow_error": round(flow_error(dit, recipe, config, plan, embeds[0]), 5),
         "linears": {choice.name: choice.fields() for choice in linears},

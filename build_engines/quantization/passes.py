@@ -31,7 +31,8 @@ CLIPS_OF_CHECKS = 3
 """Clips that measuring takes afterwards: one for attention, one twice for the flow."""
 
 CPU_OPERATIONS = 8e13
-"""Multiplications and additions that calibration may take on a CPU."""
+"""Multiplications and additions that calibration may take on a CPU: 200 passes of the full model at 80×144, each of
+which took 6 s on two busy cores in bf16."""
 
 _PASSES = ("dit_step", "dit_context")
 

@@ -25,6 +25,14 @@ Rounding both factors to e4m3's three bits of mantissa gives about 0.037 where e
 what is added up cancels, or that inputs lie below e4m3's range.
 """
 
+SENSITIVE_ATTENTION_ERROR = 0.03
+"""The same for attention over the cache, where less is tolerated: it carries from chunk to chunk what a clip shows.
+
+Layers of `shapes` whose error lies between 0.03 and 0.05 take 2 to 3 dB of PSNR from its clips together, more than all
+linear layers at 0.02 to 0.05; and of 24 clips of two steps, 16 keep their objects with them, 20 without them and in
+fp32.
+"""
+
 HEADROOM = 2.0
 """Factor on the largest magnitude seen: calibration sees few prompts, and a value out of range is cut off."""
 

@@ -46,9 +46,10 @@ def test_record_of_a_calibration_lists_every_layer_and_its_conditions(tiny_calib
     assert set(record["linears"]) == {name for group in linear_groups(2) for name in group}
     assert len(record["linears"]) == 2 * 8
     assert set(record["attention"]) == {"blocks.0.cache_attention", "blocks.1.cache_attention"}
-    for choice in (*record["linears"].values(), *record["attention"].values()):
-        assert choice["quantised"] == (choice["error"] <= record["sensitive_error"])
-        assert 0 < choice["error"] < 1
+    for kind, limit in (("linears", "sensitive_error"), ("attention", "sensitive_attention_error")):
+        for choice in record[kind].values():
+            assert choice["quantised"] == (choice["error"] <= record[limit])
+            assert 0 < choice["error"] < 1
     conditions = record["calibration"]
     assert (conditions["pixel_height"], conditions["pixel_width"]) == (32, 48)
     assert (conditions["clips"], conditions["chunks"]) == (2, 3)
@@ -94,7 +95,7 @@ def test_calibration_where_every_layer_is_sensitive_quantises_nothing(
     calibrate_tiny: Callable[[], Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_choice, "SENSITIVE_ERROR", 0.0)
-    monkeypatch.setattr(attention_choice, "SENSITIVE_ERROR", 0.0)
+    monkeypatch.setattr(attention_choice, "SENSITIVE_ATTENTION_ERROR", 0.0)
     outcome = calibrate_tiny()
     assert not outcome.recipe.linears
     assert not outcome.recipe.attention
