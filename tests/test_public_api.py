@@ -16,8 +16,16 @@ PUBLIC = {
         *("BackendUnavailableError", "BuildLockedError", "CausalForcingError", "CheckpointError", "Chunk"),
         *("ClipRecord", "ClipRequest", "EngineDamagedError", "EngineMismatchError", "EngineNotFoundError"),
         *("EngineOptions", "EngineSet", "FrameSink", "GenerateConfig", "GivenNoise", "ImageError", "ImageFit"),
-        *("NoiseSource", "OutputError", "PromptError", "PromptTruncated", "RecordError", "RequirementError"),
-        *("SeededNoise", "UnknownNameError", "UsageError", "VideoSession", "WeightsMissingError"),
+        *("NoiseSource", "OutputError", "PlanError", "PromptError", "PromptTruncated", "RecordError"),
+        *(
+            "RequirementError",
+            "SeededNoise",
+            "TensorRTError",
+            "UnknownNameError",
+            "UsageError",
+            "VideoSession",
+            "WeightsMissingError",
+        ),
         *("find_or_build", "load_engines", "load_image", "make_clip", "open_sink"),
     ],
     "causal_forcing.build_engines": [

@@ -72,7 +72,7 @@ def test_engine_damaged_is_refused_with_the_command_that_rebuilds_it(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "no JSON", "[]", '{"config": 3}', '{"config": [], "schema_version": 1}', "\0\xff"]
+    "content", ["", "no JSON", "[]", '{"config": 3}', '{"config": [], "schema_version": 2}', "\0\xff"]
 )
 def test_engine_manifest_that_is_none_is_refused(refuses: Refuses, engine: Path, content: str) -> None:
     (engine / "manifest.json").write_text(content, encoding="latin-1")
@@ -85,7 +85,7 @@ def test_engine_manifest_that_is_none_is_refused(refuses: Refuses, engine: Path,
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("schema_version", 2, "schema_version is 2, expected 1"),
+        ("schema_version", 1, "schema_version is 1, expected 2"),
         ("package_version", "0.0.1", "package_version is 0.0.1, expected "),
         ("op_digest", "0" * 16, f"op_digest is {'0' * 16}, expected "),
     ],

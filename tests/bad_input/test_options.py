@@ -59,7 +59,7 @@ def test_options_unknown_name_is_answered_with_the_nearest(
         (["--window-frames", "0"], "window_frames 0"),
         (["--window-frames", "2"], "use --window-frames 3 or more"),
         (["--sink-frames", "-1"], "sink_frames -1"),
-        (["--precision", "fp8"], "unknown precision 'fp8': did you mean 'fp"),
+        (["--precision", "fp4"], "unknown precision 'fp4': did you mean 'fp"),
         (["--decoder", "taehv"], "unknown decoder 'taehv': valid: wan"),
         (["--backend", "onnx"], "unknown backend 'onnx': did you mean 'onnxruntime'?"),
         (["--device", "gpu"], "unknown device 'gpu': did you mean 'cpu'?"),
@@ -97,7 +97,11 @@ def test_options_of_a_clip_wrong_value_names_it_and_the_fix(refuses: Refuses, ar
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--backend", "tensorrt"], "backend 'tensorrt' is not part of this release: use --backend onnxruntime or to"),
+        (
+            ["--backend", "cuda"],
+            "backend 'cuda' is not part of this release: use --backend tensorrt, tensorrt-rtx, onnx",
+        ),
+        (["--backend", "tensorrt"], "backend 'tensorrt' is not installed: pip install tensorrt"),
         (["--backend", "torch", "--device", "cuda:7"], "needs a CUDA GPU and torch sees none: use --device cpu"),
     ],
 )
@@ -112,7 +116,11 @@ def test_backend_that_cannot_serve_is_an_environment_fault(
 @pytest.mark.parametrize(
     ("hidden", "arguments", "said"),
     [
-        (("torch", "onnxruntime"), [], "no usable backend for cpu: got none of onnxruntime, torch; install one: pip"),
+        (
+            ("torch", "onnxruntime"),
+            [],
+            "no usable backend for cpu: got none of tensorrt, tensorrt-rtx, onnxruntime, torch; ins",
+        ),
         (("onnxruntime",), ["--backend", "onnxruntime"], "backend 'onnxruntime' is not installed: pip install onnxrun"),
     ],
 )
