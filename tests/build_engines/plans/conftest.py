@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from causal_forcing.runtime.config import PlanOptions
 from causal_forcing.runtime.spec import TINY, Geometry
 
 MakeJob = Callable[..., PlanJob]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 GEOMETRY = Geometry(chunk_frames=3, pixel_height=32, pixel_width=48, window_frames=6)
 
@@ -55,3 +57,17 @@ def make_plan_job(tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
         return replace(job, plan=folder / job.plan.name, layers=folder / job.layers.name)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def build(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, str]]:
+    """Build an engine of plans in a folder of this module's; returns its folder and what was narrated."""
+    root = tmp_path_factory.mktemp("engines")
+
+    @functools.cache
+    def build_plans(*arguments: str) -> tuple[Path, str]:
+        finished = run("cf-build", *arguments, "--backend", "tensorrt-rtx", "--output", str(root))
+        assert finished.returncode == 0, finished.stderr
+        return Path(finished.stdout.strip()), finished.stderr
+
+    return build_plans

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -12,10 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from causal_forcing.build_engines.inspection import inspect_engine
-from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -23,61 +19,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--pixel-height", "32", "--pixel-width", "48")
 
 
-@pytest.fixture(scope="module")
-def build(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, str]]:
-    """Build an engine of plans in a folder of this module's; returns its folder and what was narrated."""
-    root = tmp_path_factory.mktemp("engines")
-
-    @functools.cache
-    def build_plans(*arguments: str) -> tuple[Path, str]:
-        finished = run("cf-build", *arguments, "--backend", "tensorrt-rtx", "--output", str(root))
-        assert finished.returncode == 0, finished.stderr
-        return Path(finished.stdout.strip()), finished.stderr
-
-    return build_plans
-
-
 def plans_of(folder: Path) -> dict[str, Any]:
     plans: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text())["build"]["plans"]
     return plans
-
-
-@pytest.mark.parametrize(
-    ("slug", "precision", "capabilities", "arguments"),
-    [
-        ("tiny", "bf16", [86, 89, 120], SMALL),
-        ("tiny-i2v", "fp16", [89], (*SMALL, "--compute-capability", "89")),
-        ("shapes", "bf16", [86, 89, 120], ()),
-        ("tiny", "fp8", [89, 120], (*SMALL, "--window-frames", "6")),
-    ],
-)
-def test_every_network_of_a_slug_compiles(
-    slug: str,
-    precision: str,
-    capabilities: list[int],
-    arguments: tuple[str, ...],
-    build: Callable[..., tuple[Path, str]],
-) -> None:
-    folder, _ = build(slug, "--precision", precision, *arguments)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    assert not [path.name for path in folder.iterdir() if ".onnx" in path.name], "no graph is left"
-    plans = plans_of(folder)
-    assert list(plans) == [network.name for network in manifest.networks]
-    for name, record in plans.items():
-        assert manifest.artefacts[name] == f"{name}.plan"
-        assert record["compute_capabilities"] == capabilities
-        assert record["precision"] == precision
-        assert record["builder_version"] == BACKENDS["tensorrt-rtx"].artefact_version()
-        assert record["op_digest"] == manifest.config.op_digest
-        assert len(record["onnx_sha256"]) == len(record["fingerprint"]) == 64
-        assert manifest.files[f"{name}.plan"].bytes == record["plan_bytes"]
-    quantised = sum(
-        count
-        for kind, count in inspect_engine(folder)["networks"][2]["plan"]["precisions"].items()
-        if kind.startswith("QUANTIZE")
-    )
-    assert (quantised > 0) == (precision == "fp8")
 
 
 def test_plan_of_the_same_graph_is_taken_from_the_engine_that_has_it(

@@ -20,6 +20,7 @@ from causal_forcing.build_engines.export import export_program, save_onnx
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.calibration import Calibration
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
 from causal_forcing.build_engines.quantization.native_attention import lower_quantised_attention
 from causal_forcing.build_engines.quantization.recipe import InputScaling, Recipe
 from causal_forcing.build_engines.verification import TOLERANCES, make_inputs
@@ -53,11 +54,13 @@ print(fp8_reads, plan.nbytes)
 """
 
 
-def everything(recipe: Recipe) -> Recipe:
-    """Quantise what the recipe does; one layer with smoothing, so that a graph holds that too."""
-    linears = dict(recipe.linears)
+def everything(calibration: Calibration) -> Recipe:
+    """Quantise every layer, sensitive or not; one with smoothing, so that a graph holds that too."""
+    record = calibration.record
+    linears = {name: InputScaling(scale=choice["input_scale"]) for name, choice in record["linears"].items()}
+    attention = {name: AttentionScales(**choice["scales"]) for name, choice in record["attention"].items()}
     linears["blocks.0.ffn.2"] = InputScaling(scale=2.0**-5, multiplier=torch.exp2(torch.arange(160.0) % 3))
-    return Recipe(linears=linears, attention=recipe.attention)
+    return Recipe(linears=linears, attention=attention)
 
 
 def network_of(job: BuildJob, recipe: Recipe, name: str) -> Network:
@@ -73,7 +76,7 @@ def save(network: Network, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def step(tiny_fp8_job: BuildJob, tiny_calibration: Calibration) -> Network:
-    return network_of(tiny_fp8_job, everything(tiny_calibration.recipe), "dit_step")
+    return network_of(tiny_fp8_job, everything(tiny_calibration), "dit_step")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def bf16_path(tiny_fp8_job: BuildJob, tiny_calibration: Calibration, tmp_path_fa
     config = replace(tiny_fp8_job.config, backend="tensorrt-rtx")
     source = RandomModels(model=config.variant.model, seed=0, dtype=torch.bfloat16)
     job = replace(tiny_fp8_job, config=config, source=source)
-    return save(network_of(job, everything(tiny_calibration.recipe), "dit_step"), tmp_path_factory.mktemp("bf16"))
+    return save(network_of(job, everything(tiny_calibration), "dit_step"), tmp_path_factory.mktemp("bf16"))
 
 
 def test_graph_of_a_quantised_pass_holds_exactly_its_quantisers(step_path: Path) -> None:

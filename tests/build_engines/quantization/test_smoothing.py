@@ -82,5 +82,6 @@ def test_choice_for_a_layer_that_cancels_keeps_it_and_quantises_its_neighbour() 
         cancels.bias.zero_()
     choices = {choice.name: choice for choice in choose_linears(layers, tuple(layers), observe(inputs))}
     assert not choices["cancels"].quantised
-    assert choices["cancels"].error > 0.08 > choices["neighbour"].error
+    assert choices["cancels"].error > 0.08
+    assert choices["neighbour"].error < 0.04
     assert choices["neighbour"].quantised
