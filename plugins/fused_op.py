@@ -1,0 +1,69 @@
+"""Fused ops: functions with a plain-torch body that a traced graph may keep as one node, for a kernel to run.
+
+A model calls the function. Usually its body runs, or is traced, operator by operator: that is what the `torch` and ONNX
+backends get. Inside `keep_fused_ops` the call stays one node of the graph, `causal_forcing::NAME`, which runs the
+op's kernel on a GPU and the same body elsewhere. So the body is the op's definition, its test oracle and its
+implementation for CPUs, and there is one description of every model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from causal_forcing.plugins.contract import DOMAIN
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_keeping = contextvars.ContextVar("keeping", default=False)
+
+
+@contextlib.contextmanager
+def keep_fused_ops() -> Iterator[None]:
+    """Let fused ops be nodes of what is traced or run inside."""
+    token = _keeping.set(True)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
+
+
+def keeps_fused_ops() -> bool:
+    """Say whether fused ops stay whole here."""
+    return _keeping.get()
+
+
+def fused_op(
+    *, kernel: Callable[P, R | None], mutates: Iterable[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a fused op of a plain-torch function; its name, types and body are the function's.
+
+    Args:
+        kernel: Runs the op on CUDA tensors; None is returned for tensors that it does not take, and the body runs.
+            Called with all arguments by position. Imports Triton only when called.
+        mutates: Names of arguments that are changed in place. Neither they nor views of any argument are returned.
+    """
+
+    def decorate(body: Callable[P, R]) -> Callable[P, R]:
+        op = torch.library.custom_op(f"{DOMAIN}::{body.__name__}", body, mutates_args=tuple(mutates))
+
+        def run_on_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
+            result = kernel(*args, **kwargs)
+            return body(*args, **kwargs) if result is None else result
+
+        op.register_kernel("cuda", run_on_gpu)
+        op.register_fake(body)
+
+        @functools.wraps(body)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (op if keeps_fused_ops() else body)(*args, **kwargs)
+
+        return call
+
+    return decorate
