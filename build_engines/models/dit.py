@@ -14,6 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from causal_forcing.plugins.dit_ops import (
+    gated_add,
+    modulated_norm,
+    norm_rope,
+    rms_norm,
+    segmented_attention,
+    split_heads,
+)
+from causal_forcing.plugins.fused_op import keeps_fused_ops
 from causal_forcing.plugins.torch_op import kv_cache_attention
 from causal_forcing.runtime.spec import DiTSpec
 
@@ -30,9 +39,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`, any dtype."""
-        x_fp32 = x.float()
-        normalised = x_fp32 * torch.rsqrt(x_fp32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normalised.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -40,14 +47,10 @@ class Attention(nn.Module):
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.heads = spec.num_heads
         self.scale = spec.head_dim**-0.5
         self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(spec.dim, spec.eps) for _ in range(2))
-
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn [B, L, N·D] into [B, N, L, D]."""
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Turn [B, N, L, D] into [B, L, N·D]."""
@@ -55,11 +58,19 @@ class Attention(nn.Module):
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """Project [B, L, dim] to normalised queries [B, N, L, D]."""
-        return self.split_heads(self.norm_q(self.q(x)))
+        return split_heads(self.norm_q(self.q(x)), self.heads)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Project [B, L, dim] to normalised keys and raw values, each [B, N, L, D]."""
-        return self.split_heads(self.norm_k(self.k(x))), self.split_heads(self.v(x))
+        return split_heads(self.norm_k(self.k(x)), self.heads), split_heads(self.v(x), self.heads)
+
+    def rotated(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project [B, L, dim] to queries and keys after norm and RoPE, and to values, each [B, N, L, D]."""
+        q = norm_rope(self.q(x), self.norm_q.weight, *rope, self.heads, self.norm_q.eps)
+        k = norm_rope(self.k(x), self.norm_k.weight, *rope, self.heads, self.norm_k.eps)
+        return q, k, split_heads(self.v(x), self.heads)
 
 
 class CacheAttention(nn.Module):
@@ -79,7 +90,12 @@ class CacheAttention(nn.Module):
         slots: torch.Tensor,
         valid_slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the op; see `plugins.contract` for shapes. Returns (attention, k_cache, v_cache)."""
+        """Run the op; see `plugins.contract` for shapes. Returns (attention, k_cache, v_cache).
+
+        With more `valid_slots` than clips, the tokens are that many segments, each run in turn.
+        """
+        if keeps_fused_ops() or valid_slots.shape[0] > q.shape[0]:
+            return segmented_attention(q, k, v, k_cache, v_cache, slots, valid_slots, self.scale), k_cache, v_cache
         return kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid_slots, self.scale)
 
 
@@ -88,12 +104,11 @@ class Layer(nn.Module):
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
+        self.eps = spec.eps
         self.self_attn = Attention(spec)
         self.cache_attention = CacheAttention(self.self_attn.scale)
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps)
         self.cross_attn = Attention(spec)
-        self.norm2 = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_dim, spec.dim)
         )
@@ -109,12 +124,9 @@ class Layer(nn.Module):
         valid_slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Write the chunk's keys and values and attend; returns (attention [B, N, L, D], k_cache, v_cache)."""
-        shift, scale = modulation[0], modulation[1]
-        normed = self.norm1(x) * (1 + scale) + shift
-        q = rotate(self.self_attn.queries(normed), *rope)
-        k, v = self.self_attn.keys_values(normed)
+        normed = modulated_norm(x, modulation.select(-2, 0), modulation.select(-2, 1), self.eps)
         attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.cache_attention(
-            q, rotate(k, *rope), v, *caches, slots, valid_slots
+            *self.self_attn.rotated(normed, rope), *caches, slots, valid_slots
         )
         return attended
 
@@ -126,14 +138,14 @@ class Layer(nn.Module):
         cross: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Add self-attention, cross-attention and feed-forward to the residual stream [B, L, dim]."""
-        _, _, gate_attention, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
-        x = x + gate_attention * self.self_attn.o(self.self_attn.merge_heads(attention))
+        _, _, gate_attention, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(-2)
+        x = gated_add(x, self.self_attn.o(self.self_attn.merge_heads(attention)), gate_attention)
         queries = self.cross_attn.queries(self.norm3(x))
         # Padding rows of the prompt take part: upstream passes no mask and no lengths.
         attended = F.scaled_dot_product_attention(queries, *cross, scale=self.cross_attn.scale)
         x = x + self.cross_attn.o(self.cross_attn.merge_heads(attended))
-        hidden: torch.Tensor = self.ffn(self.norm2(x) * (1 + scale_ffn) + shift_ffn)
-        return x + gate_ffn * hidden
+        hidden: torch.Tensor = self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps))
+        return gated_add(x, hidden, gate_ffn)
 
 
 class Head(nn.Module):
@@ -141,14 +153,13 @@ class Head(nn.Module):
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(spec.dim, spec.eps, elementwise_affine=False)
+        self.eps = spec.eps
         self.head = nn.Linear(spec.dim, spec.latent_channels * spec.patch_size**2)
         self.modulation = nn.Parameter(torch.zeros(1, 2, spec.dim))
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """Project [B, L, dim] to patches [B, L, p·p·C]."""
-        shift, scale = modulation[0], modulation[1]
-        patches: torch.Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        patches: torch.Tensor = self.head(modulated_norm(x, modulation[0], modulation[1], self.eps))
         return patches
 
 
@@ -186,18 +197,6 @@ class CausalDiT(nn.Module):
         p = self.spec.patch_size
         grid = patches.reshape(batch, frames, height // p, width // p, p, p, channels)
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, channels, height, width)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to interleaved pairs.
-
-    Args:
-        x: [B, N, L, D], any dtype; rotated in fp32.
-        cos: [L, D/2] fp32.
-        sin: [L, D/2] fp32.
-    """
-    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class TimestepModulation(nn.Module):

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 
 from causal_forcing.build_engines.builder import BuildJob, build
 from causal_forcing.build_engines.model_loading import ReleasedModels
-from causal_forcing.build_engines.models.dit import rotate
+from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.config import EngineConfig, op_digest, package_version
 from causal_forcing.runtime.decoder import WanDecoder
 from causal_forcing.runtime.encoder import WanEncoder
-from causal_forcing.runtime.engine import Engine, IOTensors
+from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.noise import GivenNoise
 from causal_forcing.runtime.rope import RopePhases
@@ -99,10 +99,11 @@ def run_text(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
         ids, mask = torch.from_numpy(tokenized.token_ids), torch.from_numpy(tokenized.token_mask)
     roles = Roles(text=case["weights"])
     engines = build_part(roles, weights, folder, engine, batch=ids.shape[0], text_len=ids.shape[1])
-    io_tensors = bind(engines)
+    io_tensors = engines.bind()
     io_tensors["token_ids"].copy_(ids)
     io_tensors["token_mask"].copy_(mask)
-    engines.engines["text_encoder"].enqueue()
+    assert engines.text_encoder is not None, "the case's text encoder was built"
+    engines.text_encoder.enqueue()
     return {"prompt_embeds": io_tensors["prompt_embeds"], "input_ids": ids, "attention_mask": mask}
 
 
@@ -114,7 +115,7 @@ def run_vae(name: str, case: Case, weights: Case, folder: Path, engine: str) -> 
     if "latents" in tensors:
         batch, frames, _, height, width = tensors["latents"].shape
         engines = build_part(roles, weights, folder, engine, batch=batch, latent_hw=(height, width))
-        io_tensors = bind(engines)
+        io_tensors = engines.bind()
         decoder = WanDecoder(engines.engines["vae_decoder_first"], engines.engines["vae_decoder"], io_tensors)
         pixels = []
         for frame in range(frames):
@@ -126,7 +127,7 @@ def run_vae(name: str, case: Case, weights: Case, folder: Path, engine: str) -> 
             batch, *_, height, width = tensors[source].shape
             engines = build_part(roles, weights, folder, engine, batch=batch, latent_hw=(height // 8, width // 8))
             encoder_engines = (engines.engines["vae_encoder_first"], engines.engines["vae_encoder"])
-            outputs[target] = WanEncoder(*encoder_engines, bind(engines)).encode(tensors[source])
+            outputs[target] = WanEncoder(*encoder_engines, engines.bind()).encode(tensors[source])
     if not outputs:
         raise NotImplementedError("activations inside the VAE are not an engine's outputs")
     return outputs
@@ -189,7 +190,7 @@ class Recorder:
             name: Listener(engine, self) if name in ("dit_step", "dit_context") else engine
             for name, engine in engines.engines.items()
         }
-        return EngineSet(folder=engines.folder, manifest=engines.manifest, engines=wrapped, device=engines.device)
+        return dataclasses.replace(engines, engines=wrapped)
 
     def called(self, network: str) -> None:
         """Record a call that has just run."""
@@ -246,14 +247,6 @@ def x0_of(noisy: torch.Tensor, flow: torch.Tensor, sigma: torch.Tensor) -> torch
     latent = noisy.clone()
     flow_to_x0_(latent, flow, sigma, torch.empty_like(latent, dtype=torch.float64))
     return latent
-
-
-def bind(engines: EngineSet) -> IOTensors:
-    """Bind fresh buffers to engines that are used without a session."""
-    io_tensors = IOTensors((engine.spec for engine in engines.engines.values()), engines.device)
-    for engine in engines.engines.values():
-        engine.bind(io_tensors)
-    return io_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

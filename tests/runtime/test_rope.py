@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causal_forcing.build_engines.models.dit import rotate
+from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.runtime.rope import RopePhases, axis_dims
 
 

@@ -1,0 +1,67 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""What lies between the projections of q, k, v and attention: RMS norm, RoPE and the write to the KV cache.
+
+One program a token and a kind (queries, keys, values): reads a row of one projection, writes it where attention reads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normed_rotated(ptr, weight_ptr, cos_ptr, sin_ptr, token, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Load a row, normalise it over all heads, rotate its pairs; fp32 [BLOCK]."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    x = tl.load(ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
+    x *= tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    pairs = tl.arange(0, BLOCK // 2)
+    phase = token * (D // 2) + pairs % (D // 2)
+    cos = tl.load(cos_ptr + phase, mask=pairs < DIM // 2, other=0.0)
+    sin = tl.load(sin_ptr + phase, mask=pairs < DIM // 2, other=0.0)
+    even, odd = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK])
+
+
+@triton.jit(do_not_specialize=["tokens_per_frame", "cache_slots"])
+def place_projections_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, cache_batch, cache_head, cache_row,
+    tokens_per_frame, cache_slots, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Run on a grid of (L, 3, B) programs, or (L, 2, B) to leave values alone.
+
+    Queries go to [B, L, N, D], keys and values to [B, N, S, D] at `slots`, or at their own places without slots. What
+    lies outside of the cache is dropped.
+    """
+    token = tl.program_id(0)
+    kind = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    if kind == 0:
+        x = _normed_rotated(
+            q_ptr + batch * q_batch + token.to(tl.int64) * q_row, q_weight_ptr, cos_ptr, sin_ptr, token, eps,
+            DIM, BLOCK, D,
+        )  # fmt: skip
+        target = q_out_ptr + batch * out_batch + token.to(tl.int64) * DIM + columns
+        tl.store(target, x.to(q_out_ptr.dtype.element_ty), mask=inside)
+    else:
+        slot = token
+        if HAS_SLOTS:
+            slot = tl.load(slots_ptr + token // tokens_per_frame) + token % tokens_per_frame
+        stored = inside & (slot >= 0) & (slot < cache_slots)
+        place = batch * cache_batch + (columns // D) * cache_head + slot.to(tl.int64) * cache_row + columns % D
+        if kind == 1:
+            x = _normed_rotated(
+                k_ptr + batch * k_batch + token.to(tl.int64) * k_row, k_weight_ptr, cos_ptr, sin_ptr, token, eps,
+                DIM, BLOCK, D,
+            )  # fmt: skip
+            tl.store(k_out_ptr + place, x.to(k_out_ptr.dtype.element_ty), mask=stored)
+        else:
+            row = v_ptr + batch * v_batch + token.to(tl.int64) * v_row + columns
+            tl.store(v_out_ptr + place, tl.load(row, mask=inside, other=0.0), mask=stored)
