@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -46,9 +48,15 @@ def _random_tensors(module: torch.nn.Module, seed: int, dtype: torch.dtype) -> I
         for path, part in module.named_modules()
         if isinstance(part, torch.nn.Embedding)
     }
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-        mean, spread = _distribution(name, tuple(parameter.shape), name in embeddings)
-        yield name, _draw(f"{seed}:{name}", tuple(parameter.shape), mean, spread, dtype)
+    shapes = {name: tuple(given.shape) for name, given in module.named_parameters(remove_duplicate=False)}
+
+    def draw(name: str) -> torch.Tensor:
+        mean, spread = _distribution(name, shapes[name], name in embeddings)
+        return _draw(f"{seed}:{name}", shapes[name], mean, spread, dtype)
+
+    # Every tensor has a generator of its own, and numpy lets other threads run while it draws.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        yield from zip(shapes, threads.map(draw, shapes), strict=True)
 
 
 def _distribution(name: str, shape: tuple[int, ...], is_embedding: bool) -> tuple[float, float]:

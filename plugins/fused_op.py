@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -20,6 +21,9 @@ from causal_forcing.plugins.contract import DOMAIN
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_MODULES = ("dit_ops", "linear_ops")
+"""Modules of this package that define fused ops."""
 
 _keeping = contextvars.ContextVar("keeping", default=False)
 
@@ -37,6 +41,12 @@ def keep_fused_ops() -> Iterator[None]:
 def keeps_fused_ops() -> bool:
     """Say whether fused ops stay whole here."""
     return _keeping.get()
+
+
+def register_fused_ops() -> None:
+    """Make every fused op known to torch, under `torch.ops.causal_forcing`."""
+    for name in _MODULES:
+        importlib.import_module(f"causal_forcing.plugins.{name}")
 
 
 def fused_op(

@@ -16,9 +16,6 @@ from causal_forcing.runtime.config import (
 )
 from causal_forcing.runtime.errors import BackendUnavailableError, UnknownNameError, UsageError
 
-PLANNED_BACKENDS = ("cuda",)
-"""Backends of the design that this release does not carry yet."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
@@ -54,7 +51,9 @@ class Backend:
         if self.name == "onnxruntime":
             return "opset24"
         version = self._installed_version()
-        return version if self.makes_plans else ".".join(version.split("+")[0].split(".")[:2])
+        if self.name == "cuda":  # tapes hold torch's operators, the kernels beside them are Triton's
+            return "+".join(f"{name}{_minor(importlib.metadata.version(name))}" for name in ("torch", "triton"))
+        return version if self.makes_plans else _minor(version)
 
     def runs_on_device(self, device: str) -> bool:
         """Return whether its engines run on a device that is there: `cpu`, `cuda` or `cuda:N`."""
@@ -94,6 +93,14 @@ BACKENDS = {
             compute_capabilities=RTX_COMPUTE_CAPABILITIES,
         ),
         Backend(
+            name="cuda",
+            module="triton",
+            distributions=("triton",),
+            precisions=("bf16", "fp16"),
+            runs_on=("cuda",),
+            builds_without_gpu=False,
+        ),
+        Backend(
             name="onnxruntime",
             module="onnxruntime",
             distributions=("onnxruntime",),
@@ -110,6 +117,10 @@ BACKENDS = {
     )
 }
 """In the order in which `auto` takes them."""
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[Backend, str]:
@@ -129,10 +140,6 @@ def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[
         UsageError: The named one does not run on the named device.
     """
     # Names first: looking for a GPU means importing torch.
-    if name in PLANNED_BACKENDS:
-        raise BackendUnavailableError(
-            f"backend {name!r} is not part of this release: use --backend {', '.join(BACKENDS)} or auto"
-        )
     if name not in ("auto", *BACKENDS):
         raise UnknownNameError("backend", name, ("auto", *BACKENDS))
     if name == "auto":

@@ -19,7 +19,7 @@ import pytest
 
 from causal_forcing.build_engines.builder import network_names
 from causal_forcing.build_engines.weights import planned_downloads
-from causal_forcing.runtime.backends import BACKENDS, PLANNED_BACKENDS
+from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.record import read_record
 from causal_forcing.runtime.spec import VARIANTS, find_variant
@@ -155,12 +155,9 @@ def test_slug_table_is_the_list_of_slugs() -> None:
 
 def test_backend_table_names_every_backend() -> None:
     rows = [(row[0].split()[0].strip("`"), row) for row in _table("backend")]
-    assert {name for name, _ in rows} == {*BACKENDS, *PLANNED_BACKENDS}
-    for name, (_, _, precisions, executed) in rows:
-        if name in PLANNED_BACKENDS:
-            assert executed == "not in this release"
-        else:
-            assert sorted(precisions.split(", ")) == sorted(BACKENDS[name].precisions)
+    assert {name for name, _ in rows} == set(BACKENDS)
+    for name, (_, _, precisions, _) in rows:
+        assert sorted(precisions.split(", ")) == sorted(BACKENDS[name].precisions)
 
 
 def test_network_table_names_every_network() -> None:

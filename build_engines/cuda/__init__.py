@@ -1,0 +1,1 @@
+"""Engines of the `cuda` backend: networks traced, fused, and written as tapes with their weights."""

@@ -1,0 +1,71 @@
+"""The artefacts of a `cuda` engine: a tape for each network, weights for each model, and compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from causal_forcing.build_engines.cuda.tracing import write_tape
+from causal_forcing.build_engines.cuda.weight_file import WeightFile
+from causal_forcing.build_engines.networks import Network
+from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.engines.kernel_cache import use_kernel_cache
+from causal_forcing.runtime.spec import NetworkSpec
+
+TAPE_SUFFIX = ".tape.json"
+"""End of a tape's file name."""
+
+_SHARED = {"vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder", "text_encoder": None}
+"""How the names of networks begin to the weight file they share; None is one each, all others share `dit`."""
+
+
+class TapeSet:
+    """Writes tapes, and the weights of a model when its last network has been traced.
+
+    Args:
+        folder: Where files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._weights: WeightFile | None = None
+
+    def add(self, network: Network) -> str:
+        """Write one network's tape; returns its file's name."""
+        name = network.spec.name
+        shared = next((file for prefix, file in _SHARED.items() if name.startswith(prefix)), "dit")
+        file = f"{shared or name}.safetensors"
+        if self._weights is None or self._weights.name != file:
+            self.finish()
+            self._weights = WeightFile(file)
+        write_tape(network, self._weights).write(self._folder / f"{name}{TAPE_SUFFIX}")
+        return name + TAPE_SUFFIX
+
+    def finish(self) -> None:
+        """Write the weights that have not been written yet."""
+        if self._weights is not None:
+            self._weights.write(self._folder)
+            self._weights = None
+
+
+def compile_kernels(folder: Path, networks: Iterable[NetworkSpec], artefacts: Mapping[str, str]) -> None:
+    """Run every network once on the GPU, the text encoder's apart, so that the directory holds the kernels they need.
+
+    Args:
+        folder: The engine directory, with tapes and weights.
+        networks: What it holds.
+        artefacts: Network name to the file of its tape.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    use_kernel_cache(folder)
+    weights = DeviceWeights(folder, device)
+    played = [network for network in networks if not network.name.startswith("text_encoder")]
+    io_tensors = IOTensors(played, device)
+    for network in played:
+        engine = CudaEngine(weights, network, folder / artefacts[network.name])
+        engine.bind(io_tensors)
+        engine.enqueue()
+    torch.cuda.synchronize(device)
