@@ -1,4 +1,4 @@
-"""Engines of the `cuda` backend: tapes played on real tensors, captured once in a CUDA graph and replayed ever after."""
+"""Engines of the `cuda` backend: tapes played on real tensors, captured once in a CUDA graph, then replayed."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ class CudaEngine:
             self._graph.replay()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
                 self._play()  # loads kernels, and lets cuDNN choose
                 stream.synchronize()
                 kind = self.spec.name.partition("_")[0]

@@ -56,7 +56,7 @@ class TorchEngine:
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
         # fp32 means fp32: cuDNN would round convolutions to TF32.
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             outputs = self._module(*self._inputs)
             if isinstance(outputs, torch.Tensor):
                 outputs = (outputs,)
