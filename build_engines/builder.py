@@ -32,7 +32,7 @@ from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.errors import BuildLockedError, OutputError
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
-from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files
+from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, stamp_files
 from causal_forcing.runtime.schedule import plan_variant
 from causal_forcing.runtime.spec import Geometry, Variant
 
@@ -137,7 +137,8 @@ def build(
             },
         )
         manifest.write(partial)
-        return manifest
+    stamp_files(folder, manifest)
+    return manifest
 
 
 def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Network]:

@@ -163,7 +163,7 @@ def psnr_db(frames: Frames, reference: Frames) -> float:
 
 
 def _measure(folder: Path, cases: Sequence[Case], device: str) -> tuple[list[Frames], EngineQuality]:
-    engines = load_engines(folder, device=device)
+    engines = load_engines(folder, device=device, text_encoder="keep")
     config = engines.manifest.config
     with VideoSession(engines) as session:
         clips = list(make_clips(session, config, cases))

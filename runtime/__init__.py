@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from causal_forcing.runtime.image import ImageFit, load_image
     from causal_forcing.runtime.loading import EngineSet, load_engines
     from causal_forcing.runtime.noise import GivenNoise, NoiseSource, SeededNoise
+    from causal_forcing.runtime.prompt_cache import PromptCache, PromptNotKept
     from causal_forcing.runtime.record import ClipRecord
     from causal_forcing.runtime.session import Chunk, PromptTruncated, VideoSession
     from causal_forcing.runtime.video import FrameSink, open_sink
@@ -65,7 +66,9 @@ __all__ = [
     "NoiseSource",
     "OutputError",
     "PlanError",
+    "PromptCache",
     "PromptError",
+    "PromptNotKept",
     "PromptTruncated",
     "RecordError",
     "RequirementError",
@@ -88,6 +91,7 @@ _HOMES = {
     "image": ("ImageFit", "load_image"),
     "loading": ("EngineSet", "load_engines"),
     "noise": ("GivenNoise", "NoiseSource", "SeededNoise"),
+    "prompt_cache": ("PromptCache", "PromptNotKept"),
     "record": ("ClipRecord",),
     "session": ("Chunk", "PromptTruncated", "VideoSession"),
     "video": ("FrameSink", "open_sink"),

@@ -35,7 +35,9 @@ DEFAULT_TOTAL_BLOCKS = 7
 
 OUTPUT_FOLDER = Path("outputs")
 
-GO_WITH_RECORD = ("from_record", "output", "output_dir", "device", "as_json", "debug")
+GO_WITH_RECORD = (
+    *("from_record", "output", "output_dir", "device", "text_encoder", "no_prompt_cache", "as_json", "debug"),
+)
 """Options that do not change what a record says of its clip."""
 
 app = typer.Typer(name="cf-generate", add_completion=False)
@@ -69,6 +71,12 @@ def generate(
     fps: Annotated[int | None, typer.Option(min=1, max=240, help="Playback rate. [default: the model's, 16]")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory to use as it is.")] = None,
     device: Device = "auto",
+    text_encoder: Annotated[
+        str, typer.Option(help="What becomes of the text encoder once the prompt is encoded: free its memory, or keep.")
+    ] = "free",
+    no_prompt_cache: Annotated[
+        bool, typer.Option("--no-prompt-cache", help="Encode the prompt anew, and keep its embedding nowhere.")
+    ] = False,
     from_record: Annotated[
         Path | None, typer.Option(help="Repeat the clip of this record, the .json file beside a clip.")
     ] = None,
@@ -89,6 +97,7 @@ def generate(
     if from_record is not None:
         _refuse_options_beside_record(given)
         request, record = _repeat_request(from_record, output, output_dir, device if "device" in given else None)
+        request = dataclasses.replace(request, text_encoder=text_encoder, prompt_cache=not no_prompt_cache)
         _report(_repeat(request, record), as_json)
         return
     options = _check_together(options, given, engine, endless=endless, total_blocks=total_blocks)
@@ -112,6 +121,8 @@ def generate(
         fps=fps or variant.fps,
         device=device,
         engine_folder=engine,
+        text_encoder=text_encoder,
+        prompt_cache=not no_prompt_cache,
     )
     _report(make_clip(request), as_json)
 

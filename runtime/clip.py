@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.clip_writer import ClipWriter
-from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import TEXT_ENCODER_USES, EngineOptions, GenerateConfig
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,
@@ -29,6 +29,7 @@ from causal_forcing.runtime.errors import (
     ImageError,
     OutputError,
     RecordError,
+    UnknownNameError,
     UsageError,
 )
 from causal_forcing.runtime.image import ImageFit, load_image
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from causal_forcing.runtime.loading import EngineSet
-    from causal_forcing.runtime.session import VideoSession
+    from causal_forcing.runtime.session import Chunk
+    from causal_forcing.runtime.usage import MemoryUse
 
 BUILD_STOP_S = 30.0
 """How long a build that was asked to stop may take to clean up."""
@@ -70,6 +72,14 @@ class ClipRequest:
     """An engine directory to use as it is; None finds or builds one."""
     image_sha256: str | None = None
     """What the image must hash to, as the engine gets it; None takes any."""
+    text_encoder: str = "free"
+    """What becomes of the text encoder once the prompt is encoded: free or keep."""
+    prompt_cache: bool = True
+    """Whether the prompt's embedding is looked for, and kept, on disk."""
+
+    def __post_init__(self) -> None:
+        if self.text_encoder not in TEXT_ENCODER_USES:
+            raise UnknownNameError("use of the text encoder", self.text_encoder, TEXT_ENCODER_USES)
 
 
 def make_clip(request: ClipRequest) -> ClipRecord:
@@ -83,28 +93,12 @@ def make_clip(request: ClipRequest) -> ClipRecord:
     if request.generate.prompt == request.options.variant().default_prompt:
         console.narrate(f"the default prompt: {request.generate.prompt}")
     folder = request.engine_folder or find_or_build(request.options, request.device)
-    started_s = time.perf_counter()
-    engines = _load(request, folder)
-    from causal_forcing.runtime.session import VideoSession
-
-    config = engines.manifest.config
-    with VideoSession(engines) as session:
-        record = ClipRecord(
-            engine_options=json.loads(json.dumps(dataclasses.asdict(request.options), default=str)),
-            engine=os.path.abspath(engines.folder),
-            engine_fingerprint=config.fingerprint(),
-            engine_config=config.fields(),
-            generate=dataclasses.asdict(request.generate),
-            device=str(engines.device),
-            output=request.output or "",
-            fps=request.fps,
-            image_sha256=None if image is None else _image_sha256(image),
-            timing={"load_s": round(time.perf_counter() - started_s, 3)},
-        )
-        if config.weights.startswith("random:"):
-            console.narrate(f"{config.variant.slug} has random weights: the pictures are noise")
-        _write_clip(session, request, record, image)
-    return record
+    try:
+        return _generate(request, folder, image)
+    except EngineDamagedError:  # before anything was written; one in the cache is built again
+        if request.engine_folder is not None:
+            raise
+    return _generate(request, _build(request.options, request.device), image)
 
 
 def find_or_build(options: EngineOptions, device: str) -> Path:
@@ -137,18 +131,6 @@ def recorded_engine(record: ClipRecord) -> Path | None:
     except CausalForcingError:
         return None
     return folder if same else None
-
-
-def _load(request: ClipRequest, folder: Path) -> EngineSet:
-    """Load an engine; a damaged one is built again where it came from the cache."""
-    from causal_forcing.runtime.loading import load_engines
-
-    try:
-        return load_engines(folder, device=request.device)
-    except EngineDamagedError:
-        if request.engine_folder is not None:
-            raise
-        return load_engines(_build(request.options, request.device), device=request.device)
 
 
 def _build(options: EngineOptions, device: str) -> Path:
@@ -244,22 +226,69 @@ def _image_sha256(image: npt.NDArray[np.float32]) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def _write_clip(
-    session: VideoSession, request: ClipRequest, record: ClipRecord, image: npt.NDArray[np.float32] | None
-) -> None:
+def _generate(request: ClipRequest, folder: Path, image: npt.NDArray[np.float32] | None) -> ClipRecord:
+    from causal_forcing.runtime.loading import load_engines
+    from causal_forcing.runtime.prompt_cache import PromptCache
+    from causal_forcing.runtime.session import VideoSession
+    from causal_forcing.runtime.usage import MemoryUse
+
+    started_s = time.perf_counter()
+    engines = load_engines(folder, device=request.device, text_encoder=request.text_encoder)
+    memory = MemoryUse(engines.device)
+    with VideoSession(engines, prompt_cache=PromptCache() if request.prompt_cache else None) as session:
+        loaded_s = time.perf_counter()
+        memory.look()
+        with _prompt_warnings():
+            chunks = session.generate(
+                request.generate.prompt,
+                total_blocks=request.generate.total_blocks,
+                seed=request.generate.seed,
+                image=image,
+            )
+        record = _new_record(request, engines, image)
+        record.prompt_source = session.prompt_source
+        record.timing |= {
+            "load_s": _rounded(loaded_s - started_s),
+            "prompt_s": _rounded(time.perf_counter() - loaded_s),
+        }
+        _write_clip(chunks, request, record, memory)
+    return record
+
+
+def _new_record(request: ClipRequest, engines: EngineSet, image: npt.NDArray[np.float32] | None) -> ClipRecord:
+    config = engines.manifest.config
+    if config.weights.startswith("random:"):
+        console.narrate(f"{config.variant.slug} has random weights: the pictures are noise")
+    return ClipRecord(
+        engine_options=json.loads(json.dumps(dataclasses.asdict(request.options), default=str)),
+        engine=os.path.abspath(engines.folder),
+        engine_fingerprint=config.fingerprint(),
+        engine_config=config.fields(),
+        generate=dataclasses.asdict(request.generate),
+        device=str(engines.device),
+        output=request.output or "",
+        fps=request.fps,
+        image_sha256=None if image is None else _image_sha256(image),
+    )
+
+
+def _write_clip(chunks: Iterator[Chunk], request: ClipRequest, record: ClipRecord, memory: MemoryUse) -> None:
+    from causal_forcing.runtime.usage import process_age_s
+
     total_blocks = request.generate.total_blocks
     started_s = time.perf_counter()
-    with _prompt_warnings():
-        chunks = session.generate(
-            request.generate.prompt, total_blocks=total_blocks, seed=request.generate.seed, image=image
-        )
     progress = console.GenerationProgress(total_blocks)
     writer = ClipWriter(record, output_dir=request.output_dir, slug=request.options.slug)
     with writer, progress:
         for chunk in chunks:
             frames = chunk.frames()
+            if chunk.index == 0:
+                record.timing["process_to_first_frame_s"] = _rounded(process_age_s())
             writer.add(chunk.index, frames)
             progress.advance(len(frames))
+            if chunk.index <= 1:  # by then everything that a clip needs is allocated
+                memory.look()
+            record.memory = memory.peaks()
             record.timing |= {
                 "first_frame_s": _rounded(progress.first_frame_s),
                 "steady_fps": _rounded(progress.fps),
@@ -272,13 +301,15 @@ def _write_clip(
 @contextmanager
 def _prompt_warnings() -> Iterator[None]:
     """Say a session's warnings about the prompt in the program's own way."""
+    from causal_forcing.runtime.prompt_cache import PromptNotKept
     from causal_forcing.runtime.session import PromptTruncated
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PromptTruncated)
+        warnings.simplefilter("always", PromptNotKept)
         yield
     for warning in caught:
-        if issubclass(warning.category, PromptTruncated):
+        if issubclass(warning.category, PromptTruncated | PromptNotKept):
             text = str(warning.message)
             console.warn(text if len(text) <= WARNING_LENGTH else f"{text[:WARNING_LENGTH]} …")
         else:

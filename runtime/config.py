@@ -48,6 +48,9 @@ DEFAULT_SLUG = "shapes"
 IMAGE_FITS = ("stretch", "crop")
 """Ways of bringing an image to the video's shape."""
 
+TEXT_ENCODER_USES = ("free", "keep")
+"""What becomes of the text encoder once a prompt is encoded: its memory is given back, or it stays for more prompts."""
+
 DECODERS = ("wan",)
 """Decoders that an engine can be built with."""
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from causal_forcing.runtime.backends import BACKENDS, choose_backend, choose_device
-from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.config import TEXT_ENCODER_USES
+from causal_forcing.runtime.engine import Engine, IOTensors
+from causal_forcing.runtime.errors import UnknownNameError
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
 from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.text_encoder import TEXT_ENCODER, TextEncoder
 
 TOKENIZER_FOLDER = "tokenizer"
 """Folder of the tokenizer inside an engine directory."""
@@ -27,36 +30,62 @@ class EngineSet:
     manifest: Manifest
     """Its manifest."""
     engines: Mapping[str, Engine]
-    """Network name to engine."""
+    """Network name to engine; those of the text encoder are not among them."""
     device: torch.device
     """Where they run."""
+    text_encoder: TextEncoder | None = None
+    """The text encoder, loaded when a prompt needs it; None takes prompt embeddings only."""
 
     @property
     def tokenizer_folder(self) -> Path:
         """Folder of the tokenizer's files."""
         return self.folder / TOKENIZER_FOLDER
 
+    def bind(self) -> IOTensors:
+        """Make the buffers of all engines, those of a text encoder that is not loaded yet too, and bind them."""
+        engines, text_encoder = self.engines.values(), self.text_encoder
+        later = () if text_encoder is None else text_encoder.networks
+        io_tensors = IOTensors([*(engine.spec for engine in engines), *later], self.device)
+        for engine in engines:
+            engine.bind(io_tensors)
+        if text_encoder is not None:
+            text_encoder.bind(io_tensors)
+        return io_tensors
 
-def load_engines(folder: Path | str, *, device: str = "auto") -> EngineSet:
-    """Load every engine of a directory.
+
+def load_engines(folder: Path | str, *, device: str = "auto", text_encoder: str = "free") -> EngineSet:
+    """Load every engine of a directory, but for the text encoder, whose files are left alone until a prompt needs it.
 
     Args:
         folder: An engine directory, as `cf-build` prints it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        text_encoder: What becomes of the text encoder once it has encoded a prompt: `free`, on any device, for it is
+            several times larger than all other networks, or `keep` where many prompts follow each other.
 
     Raises:
+        UnknownNameError: There is no such way with the text encoder.
         EngineNotFoundError: There is none.
         EngineMismatchError: It was built by another version, with another op, or for another GPU or TensorRT.
         EngineDamagedError: A file is missing or differs from its recorded hash.
         BackendUnavailableError: Its backend is not installed, or the device is not there.
     """
+    if text_encoder not in TEXT_ENCODER_USES:
+        raise UnknownNameError("text encoder use", text_encoder, TEXT_ENCODER_USES)
     folder = Path(folder)
     manifest = read_manifest(folder)
     chosen = engine_device(manifest, device)
     load = engine_loader(folder, manifest, chosen)  # what does not fit is refused before gigabytes are hashed
-    check_files(folder, manifest)
-    engines = {network.name: load(network.name) for network in manifest.networks}
-    return EngineSet(folder=folder, manifest=manifest, engines=engines, device=chosen)
+    deferred = [network for network in manifest.networks if network.name.startswith(TEXT_ENCODER)]
+    later = {file for network in deferred for file in manifest.network_files(network.name)}
+    check_files(folder, manifest, names=set(manifest.files) - later, trust_stamps=True)
+    engines = {network.name: load(network.name) for network in manifest.networks if network not in deferred}
+
+    def load_checked(name: str) -> Engine:
+        check_files(folder, manifest, names=manifest.network_files(name), trust_stamps=True)
+        return load(name)
+
+    encoder = TextEncoder(deferred, load_checked, chosen, keep=text_encoder == "keep") if deferred else None
+    return EngineSet(folder=folder, manifest=manifest, engines=engines, device=chosen, text_encoder=encoder)
 
 
 def load_engine(folder: Path, manifest: Manifest, name: str, device: torch.device) -> Engine:

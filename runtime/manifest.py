@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from causal_forcing.runtime.check_stamps import CheckStamps
 from causal_forcing.runtime.config import (
     SCHEMA_VERSION,
     EngineConfig,
@@ -68,6 +69,10 @@ class Manifest:
     def network(self, name: str) -> NetworkSpec:
         """Return the specification of a network."""
         return next(network for network in self.networks if network.name == name)
+
+    def network_files(self, name: str) -> list[str]:
+        """Return the files that are of one network alone: `NAME.onnx`, `NAME.onnx.data`, `NAME.plan` and the like."""
+        return [file for file in self.files if file.split("/")[-1].split(".")[0] == name]
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a folder."""
@@ -142,20 +147,32 @@ def rebuild_command(folder: Path, fields: Any) -> str:
     return command
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file of an engine directory with its recorded size and hash.
+def check_files(
+    folder: Path, manifest: Manifest, *, names: Iterable[str] | None = None, trust_stamps: bool = False
+) -> None:
+    """Compare files of an engine directory with their recorded size and hash.
+
+    Args:
+        folder: The engine directory.
+        manifest: Its manifest.
+        names: Files to check; None is all.
+        trust_stamps: Whether a big file that was hashed before and has not changed since is taken as it is.
 
     Raises:
         EngineDamagedError: A file is missing or differs.
     """
     fix = rebuild_command(folder, manifest.config.fields())
+    stamps = CheckStamps(folder)
 
-    def check(item: tuple[str, EngineFile]) -> None:
-        name, entry = item
-        path = folder / name
+    def check(name: str) -> None:
+        path, entry = folder / name, manifest.files[name]
         try:
-            size = path.stat().st_size
-            same = size == entry.bytes and file_sha256(path) == entry.sha256
+            before = path.stat()
+            size, same = before.st_size, before.st_size == entry.bytes
+            if same and not (trust_stamps and stamps.holds(name, entry.sha256, before)):
+                same = file_sha256(path) == entry.sha256
+                if same:
+                    stamps.add(name, entry.sha256, before, path.stat())
         except FileNotFoundError:
             raise EngineDamagedError(f"{path} is missing; rebuild it: {fix}") from None
         except OSError as error:
@@ -167,7 +184,17 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(check, manifest.files.items()))
+        list(pool.map(check, manifest.files if names is None else names))
+    stamps.write()
+
+
+def stamp_files(folder: Path, manifest: Manifest) -> None:
+    """Note that the files of an engine that was just built are what was hashed for its manifest."""
+    stamps = CheckStamps(folder)
+    for name, entry in manifest.files.items():
+        status = (folder / name).stat()
+        stamps.add(name, entry.sha256, status, status)
+    stamps.write()
 
 
 def file_sha256(path: Path) -> str:

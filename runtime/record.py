@@ -52,7 +52,12 @@ class ClipRecord:
     frames_sha256: str | None = None
     """Hash over all frames, 8-bit RGB: equal for a clip that is repeated bit for bit."""
     timing: dict[str, float | None] = field(default_factory=dict)
-    """Seconds: engine loading, first frame, all; and steady frames a second."""
+    """Seconds: loading; the prompt's embedding; from then to the first frame, and to the last; from the process's start
+    to the first frame. And steady frames a second."""
+    prompt_source: str | None = None
+    """Where the prompt's embedding came from: encoded, by the text encoder, or cached, without it."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Peaks in bytes: of the process on the host; on a GPU of all that was seen in use there, and of torch."""
     record_version: int = RECORD_VERSION
     """Layout of this file."""
 

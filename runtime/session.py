@@ -18,11 +18,11 @@ import torch
 
 from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
 from causal_forcing.runtime.encoder import WanEncoder
-from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.errors import ImageError, PromptError, UsageError
 from causal_forcing.runtime.kv_cache import CacheRing
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.noise import NoiseSource, SeededNoise
+from causal_forcing.runtime.prompt_cache import PromptCache, prompt_key
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_variant, timestep_embedding
 from causal_forcing.runtime.text import Tokenizer, clean_prompt
@@ -54,15 +54,19 @@ class VideoSession:
 
     Args:
         engines: From `load_engines`; the session binds its buffers to them, so they serve one session at a time.
+        prompt_cache: Where the embeddings of prompts are kept; None encodes every prompt.
+
+    Attributes:
+        prompt_source: Where the embedding of the clip's prompt came from: `given`, `cached`, or `encoded`; None before.
     """
 
-    def __init__(self, engines: EngineSet) -> None:
+    def __init__(self, engines: EngineSet, *, prompt_cache: PromptCache | None = None) -> None:
         self._engines = engines
+        self._prompt_cache = prompt_cache
+        self.prompt_source: str | None = None
         self._config = engines.manifest.config
         geometry = self._config.geometry
-        self._io = io = IOTensors((engine.spec for engine in engines.engines.values()), engines.device)
-        for engine in engines.engines.values():
-            engine.bind(io)
+        self._io = io = engines.bind()
         self._dit_step, self._dit_context = engines.engines["dit_step"], engines.engines["dit_context"]
         self._plan = plan_variant(self._config.variant)
         self._ring = CacheRing(geometry)
@@ -213,14 +217,14 @@ class VideoSession:
                 raise PromptError(f"prompt embedding {tuple(prompt.shape)} does not fit {tuple(embeds.shape)}")
             embeds.zero_()
             embeds[:, : prompt.shape[1]].copy_(prompt)
+            self.prompt_source = "given"
         else:
             self._encode_text(prompt)
         self._engines.engines["prompt_kv"].enqueue()
 
     def _encode_text(self, prompt: str) -> None:
-        # One engine, or several that hand on hidden states: `text_encoder_1`, `text_encoder_2`, …
-        text_encoders = [engine for name, engine in self._engines.engines.items() if name.startswith("text_encoder")]
-        if not text_encoders:
+        text_encoder = self._engines.text_encoder
+        if text_encoder is None:
             raise PromptError("this engine has no text encoder: give a prompt embedding, or rebuild it with cf-build")
         if not clean_prompt(prompt):
             raise PromptError("the prompt is empty: say what to show, as in --prompt 'a cat on a beach'")
@@ -235,10 +239,19 @@ class VideoSession:
                 PromptTruncated,
                 stacklevel=4,
             )
+        cache, embeds = self._prompt_cache, self._io["prompt_embeds"]
+        key = "" if cache is None else prompt_key(self._engines, tokenized.token_ids)
+        known = None if cache is None else cache.load(key, embeds)
+        if known is not None:
+            embeds.copy_(known)
+            self.prompt_source = "cached"
+            return
         self._io["token_ids"].copy_(torch.from_numpy(tokenized.token_ids))
         self._io["token_mask"].copy_(torch.from_numpy(tokenized.token_mask))
-        for text_encoder in text_encoders:
-            text_encoder.enqueue()
+        text_encoder.enqueue()
+        if cache is not None:
+            cache.store(key, embeds)
+        self.prompt_source = "encoded"
 
     def _encode_image(self, image: npt.NDArray[np.float32]) -> torch.Tensor:
         expected = tuple(self._io["image"].shape)

@@ -16,8 +16,9 @@ PUBLIC = {
         *("BackendUnavailableError", "BuildLockedError", "CausalForcingError", "CheckpointError", "Chunk"),
         *("ClipRecord", "ClipRequest", "EngineDamagedError", "EngineMismatchError", "EngineNotFoundError"),
         *("EngineOptions", "EngineSet", "FrameSink", "GenerateConfig", "GivenNoise", "ImageError", "ImageFit"),
-        *("NoiseSource", "OutputError", "PlanError", "PromptError", "PromptTruncated", "RecordError"),
+        *("NoiseSource", "OutputError", "PlanError", "PromptCache", "PromptError", "PromptNotKept", "PromptTruncated"),
         *(
+            "RecordError",
             "RequirementError",
             "SeededNoise",
             "TensorRTError",

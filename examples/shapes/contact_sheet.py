@@ -38,7 +38,8 @@ def main(
     output: Annotated[Path, typer.Option(help="PNG file.")] = HERE / "contact-sheet.png",
 ) -> None:
     """Write the sheet."""
-    engines = load_engines(find_or_build(EngineOptions(slug=slug), device="cpu"), device="cpu")
+    folder = find_or_build(EngineOptions(slug=slug), device="cpu")
+    engines = load_engines(folder, device="cpu", text_encoder="keep")
     chunk_frames = engines.manifest.config.geometry.chunk_frames
     blocks = TRAINED_LATENT_FRAMES // chunk_frames
     shown = np.linspace(0, TRAINED_FRAMES - 1, columns).round().astype(int)

@@ -69,7 +69,7 @@ def main(
                 slug=variant, backend=name, precision=precision, checkpoint=checkpoint, wan_folder=wan_folder
             )
             console.narrate(f"{variant} on {name}")
-            engines = load_engines(find_or_build(options, device), device=device)
+            engines = load_engines(find_or_build(options, device), device=device, text_encoder="keep")
             config, where = engines.manifest.config, str(engines.device)
             found = evaluate(engines, prompts=prompts, pairs=pairs, long=long, progress=console.narrate)
             rows += evaluation_rows(variant, f"{config.backend} {config.precision} {where}", found)

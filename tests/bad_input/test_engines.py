@@ -14,7 +14,7 @@ from causal_forcing.runtime.config import fingerprint_of
 
 Refuses = Callable[..., str]
 SIZE = ("--pixel-height", "32", "--pixel-width", "48")
-ASK = ("--prompt", "a fox", "--total-blocks", "1", "--output", "a.mp4", "--device", "cpu")
+ASK = ("--prompt", "a fox", "--total-blocks", "1", "--output", "a.mp4", "--device", "cpu", "--no-prompt-cache")
 REBUILD = "rebuild it: cf-build tiny --pixel-height 32 --pixel-width 48 --backend onnxruntime --precision fp32"
 
 

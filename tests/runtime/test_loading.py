@@ -44,8 +44,11 @@ def copied_torch(tiny_torch_engine: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_load_engines_of_a_built_directory_gives_every_network_on_the_cpu(device: str, tiny_engine: Path) -> None:
     engines = load_engines(str(tiny_engine), device=device)
-    assert list(engines.engines) == [network.name for network in engines.manifest.networks]
-    assert {"dit_step", "dit_context", "vae_decoder", "text_encoder"} <= set(engines.engines)
+    assert engines.text_encoder is not None
+    later = [network.name for network in engines.text_encoder.networks]
+    assert later == ["text_encoder"]
+    assert [*engines.engines, *later] == [network.name for network in engines.manifest.networks]
+    assert {"dit_step", "dit_context", "vae_decoder"} <= set(engines.engines)
     assert all(engine.spec.name == name for name, engine in engines.engines.items())
     assert engines.device == torch.device("cpu")
     assert engines.tokenizer_folder.is_dir()

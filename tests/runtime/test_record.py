@@ -26,7 +26,7 @@ SIZE = ("--pixel-height", "32", "--pixel-width", "48")
 def clip(run: Run, tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `a.mp4` and its record `a.json`."""
     folder = tmp_path_factory.mktemp("clip")
-    ask = ("--prompt", "a fox", "--seed", "7", "--total-blocks", "2", "--output", "a.mp4")
+    ask = ("--prompt", "a fox at dusk", "--seed", "7", "--total-blocks", "2", "--output", "a.mp4")
     finished = run("cf-generate", "tiny", *SIZE, *ask, cwd=folder)
     assert finished.returncode == 0, finished.stderr
     return folder
@@ -46,12 +46,22 @@ def edited(path: Path, **changes: Any) -> Path:
 def test_record_holds_every_option_and_the_outcome(clip: Path, tiny_engine: Path) -> None:
     record = read_record(clip / "a.json")
     assert record.engine == str(tiny_engine)
-    assert record.generate == {"prompt": "a fox", "seed": 7, "total_blocks": 2, "image": None, "image_fit": "stretch"}
+    assert record.generate == {
+        "prompt": "a fox at dusk",
+        "seed": 7,
+        "total_blocks": 2,
+        "image": None,
+        "image_fit": "stretch",
+    }
     assert (record.status, record.blocks, record.frames, record.output) == ("complete", 2, 21, "a.mp4")
     assert record.device == "cpu"
+    assert record.prompt_source == "encoded"
+    assert record.memory["host"] > 2**20
     assert {name for name, value in record.timing.items() if value} == {
         "load_s",
+        "prompt_s",
         "first_frame_s",
+        "process_to_first_frame_s",
         "steady_fps",
         "generate_s",
     }
@@ -62,6 +72,7 @@ def test_record_repeats_its_clip_bit_for_bit_in_a_new_process(run: Run, clip: Pa
     assert again.returncode == 0, again.stderr
     assert "repeated bit for bit: 21 frames" in again.stderr
     summary = json.loads(again.stdout)
+    assert summary["prompt_source"] == "cached"
     assert summary["output"] == "outputs/tiny.mp4"
     assert summary["frames_sha256"] == read_record(clip / "a.json").frames_sha256
     assert (tmp_path / "outputs" / "tiny.mp4").read_bytes() == (clip / "a.mp4").read_bytes()

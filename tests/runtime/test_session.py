@@ -29,6 +29,7 @@ from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.noise import SeededNoise
 from causal_forcing.runtime.session import Chunk, PromptTruncated, VideoSession
 from causal_forcing.runtime.spec import TINY, NetworkSpec
+from causal_forcing.runtime.text_encoder import TextEncoder
 
 PROMPT = "a paper boat on a rainy street"
 WINDOW_FRAMES, TOKENS_PER_FRAME = 21, 6
@@ -66,7 +67,13 @@ class Stage:
             for name, engine in engines.engines.items()
             if without is None or not name.startswith(without)
         }
-        self.engines = dataclasses.replace(engines, engines=listeners)
+        encoder = engines.text_encoder
+        if encoder is not None:
+            load = encoder.load
+            encoder.load = lambda name: Listener(load(name), self.calls, self.placements)
+        if without == "text_encoder":
+            encoder = None
+        self.engines = dataclasses.replace(engines, engines=listeners, text_encoder=encoder)
         self.session = VideoSession(self.engines)
         self.io = next(iter(listeners.values())).io
 
@@ -379,8 +386,9 @@ def test_engines_of_a_split_text_encoder_run_in_order_and_give_the_clip_of_the_w
         path = tmp_path / f"{network.spec.name}.onnx"
         save_onnx(export_program(network), network, path, cache_writes=1)
         parts[network.spec.name] = OnnxRuntimeEngine(network.spec, path)
-    others = {name: engine for name, engine in whole.engines.items() if name != "text_encoder"}
-    stage = Stage(dataclasses.replace(whole, engines={**others, **parts}))
+    specs = [engine.spec for engine in parts.values()]
+    encoder = TextEncoder(specs, parts.__getitem__, whole.device, keep=False)
+    stage = Stage(dataclasses.replace(whole, text_encoder=encoder))
     chunks = stage.session.generate(PROMPT, total_blocks=3)
     assert stage.calls[-4:] == ["text_encoder_1", "text_encoder_2", "text_encoder_3", "prompt_kv"]
     assert torch.equal(pixels_of(list(chunks)), pixels_of(short_clip))
