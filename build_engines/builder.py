@@ -22,6 +22,7 @@ from causal_forcing.build_engines.networks import (
     decoder_networks,
     dit_networks,
     encoder_networks,
+    taehv_networks,
     text_network_names,
     text_networks,
 )
@@ -160,11 +161,19 @@ def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Networ
         del denoiser
         gc.collect()
     if "vae" in job.parts:
-        vae = job.source.vae()
-        yield from decoder_networks(vae, geometry, precision=config.dtype)
-        if "vae_encoder" in wanted:
-            yield from encoder_networks(vae, geometry, precision=config.dtype)
-        del vae
+        if config.decoder != "wan":
+            # The two forms of TAEHV differ in this alone: lighttae was trained on latents that are not normalised.
+            statistics = variant.model.vae if config.decoder == "lighttae" else None
+            taehv = job.source.taehv()
+            yield from taehv_networks(taehv, geometry, precision=config.dtype, statistics=statistics)
+            del taehv
+        if config.decoder == "wan" or "vae_encoder" in wanted:
+            vae = job.source.vae()
+            if config.decoder == "wan":
+                yield from decoder_networks(vae, geometry, precision=config.dtype)
+            if "vae_encoder" in wanted:
+                yield from encoder_networks(vae, geometry, precision=config.dtype)
+            del vae
         gc.collect()
     if "text_encoder" in job.parts:
         text, dit = variant.model.text, variant.model.dit

@@ -96,6 +96,7 @@ def verify_state_dict(
     *,
     what: str,
     is_content_read: bool = True,
+    option: str = "--checkpoint or --wan-folder",
 ) -> None:
     """Check that a state dict has exactly the tensors of a network, and only finite numbers.
 
@@ -104,6 +105,7 @@ def verify_state_dict(
         module_or_expected: The network (on any device, `meta` included), or its tensor names and shapes.
         what: The network in words, for the message, such as `the DiT of tiny`.
         is_content_read: Whether to look at the numbers, for which all of the file is read.
+        option: What the right file is passed with, for the message.
 
     Raises:
         StateDictMismatchError: Anything differs; `problems` has a line for each tensor.
@@ -131,7 +133,7 @@ def verify_state_dict(
         more = "" if max(map(len, kinds.values())) <= _NAMES_SHOWN else " (all names: --debug)"
         raise StateDictMismatchError(
             f"{state.source} does not fit {what}: got {len(state.tensors)} tensors for {len(expected)}: "
-            f"{counts}{more}; pass the file that belongs to this slug with --checkpoint or --wan-folder",
+            f"{counts}{more}; pass the file that belongs to this slug with {option}",
             problems,
         )
 
@@ -143,6 +145,7 @@ def load_into(
     dtype: torch.dtype,
     what: str | None = None,
     names: Mapping[str, str] | None = None,
+    option: str = "--checkpoint or --wan-folder",
 ) -> None:
     """Verify a state dict and make its tensors, converted, the module's own.
 
@@ -155,6 +158,7 @@ def load_into(
         dtype: Floating-point tensors are converted to it, one by one.
         what: The network in words, for the message; by default its class name.
         names: The module's name of each name in the file, where they differ.
+        option: What the right file is passed with, for the message.
 
     Raises:
         StateDictMismatchError: The state dict does not fit.
@@ -162,7 +166,8 @@ def load_into(
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     names = {name: name for name in own} if names is None else names
     assert set(names.values()) == set(own), f"the names given for {type(module).__name__} are not its tensors' names"
-    verify_state_dict(state, {name: own[names[name]] for name in names}, what=what or type(module).__name__)
+    expected = {name: own[names[name]] for name in names}
+    verify_state_dict(state, expected, what=what or type(module).__name__, option=option)
     converted = {
         names[name]: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in state.tensors.items()

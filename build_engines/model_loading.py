@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.checkpoint import load_into, read_state_dict, verify_state_dict
+from causal_forcing.build_engines.checkpoint import StateDict, load_into, read_state_dict, verify_state_dict
 from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.taehv import TAEHV
 from causal_forcing.build_engines.models.text_encoder import (
     TextEncoder,
     TextEncoderPart,
@@ -37,6 +40,9 @@ class ModelSource(Protocol):
     def vae(self) -> WanVAE:
         """Load the video autoencoder."""
 
+    def taehv(self) -> TAEHV:
+        """Load the tiny decoder; only where the model has one."""
+
     def text_encoder(self) -> TextEncoder:
         """Load the prompt encoder."""
 
@@ -62,6 +68,12 @@ class HollowModels:
         """See `ModelSource.vae`."""
         with torch.device("meta"):
             return WanVAE(self.model.vae).to(self.dtype)
+
+    def taehv(self) -> TAEHV:
+        """See `ModelSource.taehv`."""
+        assert self.model.taehv is not None, f"{self.model.name} has no TAEHV"
+        with torch.device("meta"):
+            return TAEHV(self.model.taehv).to(self.dtype)
 
     def text_encoder(self) -> TextEncoder:
         """See `ModelSource.text_encoder`."""
@@ -91,6 +103,10 @@ class RandomModels:
     def vae(self) -> WanVAE:
         """See `ModelSource.vae`."""
         return self._fill(self._hollow().vae())
+
+    def taehv(self) -> TAEHV:
+        """See `ModelSource.taehv`."""
+        return self._fill(self._hollow().taehv())
 
     def text_encoder(self) -> TextEncoder:
         """See `ModelSource.text_encoder`."""
@@ -130,7 +146,11 @@ class ReleasedModels:
         hollow, text = self._hollow(), self.variant.model.text
         dit = read_state_dict(self.files.dit, use_ema=self.variant.use_ema)
         verify_state_dict(dit, hollow.dit(), what=f"the DiT of {self.variant.slug}", is_content_read=False)
-        verify_state_dict(read_state_dict(self.files.vae), hollow.vae(), what="the Wan VAE", is_content_read=False)
+        if self.files.vae is not None:
+            verify_state_dict(read_state_dict(self.files.vae), hollow.vae(), what="the Wan VAE", is_content_read=False)
+        if self.files.taehv is not None:
+            taehv = read_taehv(self.files.taehv)
+            verify_state_dict(taehv, hollow.taehv(), what="TAEHV", is_content_read=False, option="--taehv")
         state = read_state_dict(self.files.text_encoder)
         verify_state_dict(state, upstream_shapes(text), what="the UMT5 text encoder", is_content_read=False)
         tokenizer = Tokenizer(self.files.tokenizer, length=self.variant.model.dit.text_len, pad_id=text.pad_id)
@@ -149,8 +169,16 @@ class ReleasedModels:
 
     def vae(self) -> WanVAE:
         """See `ModelSource.vae`."""
+        assert self.files.vae is not None, "the Wan VAE is looked for wherever it is built"
         module = self._hollow().vae()
         load_into(module, read_state_dict(self.files.vae), dtype=self.dtype, what="the Wan VAE")
+        return module
+
+    def taehv(self) -> TAEHV:
+        """See `ModelSource.taehv`."""
+        assert self.files.taehv is not None, "the file of TAEHV is looked for wherever it is built"
+        module = self._hollow().taehv()
+        load_into(module, read_taehv(self.files.taehv), dtype=self.dtype, what="TAEHV", option="--taehv")
         return module
 
     def text_encoder(self) -> TextEncoder:
@@ -165,6 +193,13 @@ class ReleasedModels:
 
     def _hollow(self) -> HollowModels:
         return HollowModels(model=self.variant.model, dtype=self.dtype)
+
+
+def read_taehv(path: Path) -> StateDict:
+    """Read the decoder of a released file of TAEHV; the encoder, which has the same file, is left there."""
+    state = read_state_dict(path)
+    tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("encoder.")}
+    return dataclasses.replace(state, tensors=tensors)
 
 
 def _split(encoder: TextEncoder, model: ModelSpec, max_parameters: int) -> list[TextEncoder | TextEncoderPart]:

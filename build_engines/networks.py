@@ -21,8 +21,10 @@ from torch import nn
 
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
+from causal_forcing.build_engines.models.taehv import TAEHV, TAEHVDecoder, TAEHVDecoderFirst, memory_shapes
 from causal_forcing.build_engines.models.text_encoder import split_stages
 from causal_forcing.build_engines.models.vae import (
+    LatentScale,
     VAEDecoder,
     VAEDecoderFirst,
     VAEEncoder,
@@ -37,6 +39,7 @@ from causal_forcing.runtime.spec import (
     Geometry,
     IOTensor,
     NetworkSpec,
+    TAEHVSpec,
     TextSpec,
     VAESpec,
     frame_count,
@@ -150,9 +153,38 @@ def text_network_names(text: TextSpec, max_parameters: int = TEXT_NETWORK_PARAME
 
 def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list[Network]:
     """Describe the streaming decoder: the clip's first chunk, and every other."""
+    shapes = decoder_cache_shapes(vae.spec, geometry.batch, geometry.latent_height, geometry.latent_width)
+    return _decoder_networks(VAEDecoderFirst(vae), VAEDecoder(vae), vae.spec, shapes, geometry, precision)
+
+
+def taehv_networks(
+    taehv: TAEHV, geometry: Geometry, *, precision: str, statistics: VAESpec | None = None
+) -> list[Network]:
+    """Describe the tiny streaming decoder: networks of the same names, which take and give what the Wan VAE's do.
+
+    Args:
+        taehv: The model.
+        geometry: Shapes to fix.
+        precision: Dtype of activations and of what is remembered.
+        statistics: The latents' statistics, where the decoder takes latents that are not normalised.
+    """
+    weight = next(taehv.parameters())
+    scale = None if statistics is None else LatentScale(statistics, weight)
+    shapes = memory_shapes(taehv.spec, geometry.batch, geometry.latent_height, geometry.latent_width)
+    first, following = TAEHVDecoderFirst(taehv, scale), TAEHVDecoder(taehv, scale)
+    return _decoder_networks(first, following, taehv.spec, shapes, geometry, precision)
+
+
+def _decoder_networks(
+    first: nn.Module,
+    following: nn.Module,
+    spec: VAESpec | TAEHVSpec,
+    shapes: Sequence[tuple[int, ...]],
+    geometry: Geometry,
+    precision: str,
+) -> list[Network]:
     frames, batch = geometry.chunk_frames, geometry.batch
-    latent = _latent(vae.spec, geometry, precision)
-    shapes = decoder_cache_shapes(vae.spec, batch, geometry.latent_height, geometry.latent_width)
+    latent = _latent(spec, geometry, precision)
     caches = _numbered("decoder_cache", shapes, precision)
 
     def pixels(name: str, pixel_frames: int) -> IOTensor:
@@ -166,11 +198,11 @@ def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list
                 inputs=(latent,),
                 outputs=(pixels("pixels_first", frame_count(frames)), *caches),
             ),
-            module=VAEDecoderFirst(vae),
+            module=first,
         ),
         Network(
             spec=_with_carried_states("vae_decoder", latent, pixels("pixels", FRAMES_PER_LATENT * frames), caches),
-            module=VAEDecoder(vae),
+            module=following,
         ),
     ]
 
@@ -212,7 +244,7 @@ def _with_carried_states(name: str, source: IOTensor, target: IOTensor, caches: 
     )
 
 
-def _latent(spec: DiTSpec | VAESpec, geometry: Geometry, precision: str) -> IOTensor:
+def _latent(spec: DiTSpec | VAESpec | TAEHVSpec, geometry: Geometry, precision: str) -> IOTensor:
     frame = (spec.latent_channels, geometry.latent_height, geometry.latent_width)
     shape = (geometry.batch, geometry.chunk_frames, *frame)
     return IOTensor(name="latent", shape=shape, dtype=precision)

@@ -17,7 +17,7 @@ from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.errors import CausalForcingError, CheckpointError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, file_sha256, read_manifest
-from causal_forcing.runtime.resolution import resolve_engine, weights_identity
+from causal_forcing.runtime.resolution import resolve_engine, taehv_file, weights_identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,12 @@ def plan_build(options: EngineOptions, root: Path, *, device: str = "auto") -> B
     local = weights is None
     downloads: list[PlannedDownload] = []
     if local or (weights or "").startswith("hub:"):
-        downloads = planned_downloads(options.variant(), checkpoint=options.checkpoint, wan_folder=options.wan_folder)
+        downloads = planned_downloads(
+            options.variant(),
+            checkpoint=options.checkpoint,
+            wan_folder=options.wan_folder,
+            has_taehv=options.has_taehv,
+        )
     if weights is None:
         can_read = all(download.cached for download in downloads)
         weights = local_identity(find_weights(options)) if can_read else "sha256:unknown"
@@ -110,7 +115,8 @@ def make_job(options: EngineOptions, *, device: str = "auto") -> BuildJob:
 
 def find_weights(options: EngineOptions) -> WeightFiles:
     """Return the released weights that the options stand for."""
-    return resolve_weights(options.variant(), checkpoint=options.checkpoint, wan_folder=options.wan_folder)
+    taehv = taehv_file(options) if options.has_taehv else None  # missing, it is told before a long download
+    return resolve_weights(options.variant(), checkpoint=options.checkpoint, wan_folder=options.wan_folder, taehv=taehv)
 
 
 def local_identity(files: WeightFiles) -> str:

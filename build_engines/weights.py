@@ -33,15 +33,23 @@ class WeightFiles:
     """The denoiser's checkpoint."""
     text_encoder: Path
     """The UMT5 encoder."""
-    vae: Path
-    """The Wan VAE."""
     tokenizer: Path
     """Folder that holds `tokenizer.json`."""
+    vae: Path | None = None
+    """The Wan VAE; None where nothing is made of it."""
+    taehv: Path | None = None
+    """The tiny decoder; None for the Wan VAE's own."""
 
     def paths(self) -> dict[str, Path]:
         """Return the files by role."""
-        tokenizer = self.tokenizer / "tokenizer.json"
-        return {"dit": self.dit, "text_encoder": self.text_encoder, "vae": self.vae, "tokenizer": tokenizer}
+        roles = {
+            "dit": self.dit,
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+            "taehv": self.taehv,
+            "tokenizer": self.tokenizer / "tokenizer.json",
+        }
+        return {role: path for role, path in roles.items() if path is not None}
 
 
 class PlannedDownload(NamedTuple):
@@ -91,7 +99,12 @@ class _Part:
 
 
 def resolve_weights(
-    variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None, allow_download: bool = True
+    variant: Variant,
+    *,
+    checkpoint: Path | None,
+    wan_folder: Path | None,
+    taehv: Path | None = None,
+    allow_download: bool = True,
 ) -> WeightFiles:
     """Find all weights of a variant: what the user gave, else what comes with the package, else the hub's files.
 
@@ -100,6 +113,8 @@ def resolve_weights(
         checkpoint: The DiT's file, or a folder with the released layout (`chunkwise/causal_forcing.pt`, …).
         wan_folder: The Wan2.1-T2V-1.3B folder: text encoder, VAE and tokenizer. `.safetensors` files of the same stems
             do as well.
+        taehv: The tiny decoder's file, where that stands in for the Wan VAE's: the VAE is looked for then only if an
+            image is to be encoded.
         allow_download: Whether what is neither given nor cached may be downloaded, at the pinned revision.
 
     Raises:
@@ -108,7 +123,7 @@ def resolve_weights(
     found: dict[str, Path] = {}
     missing: list[_Part] = []
     reason = None if allow_download else "downloads are switched off"
-    for role, part in _parts(variant, checkpoint, wan_folder).items():
+    for role, part in _parts(variant, checkpoint, wan_folder, has_taehv=taehv is not None).items():
         path = part.local() if part.given is not None else part.cached()
         if path is None and part.given is None and reason is None:
             try:
@@ -123,7 +138,7 @@ def resolve_weights(
     if missing:
         raise WeightsMissingError(_explain(variant, missing, reason, checkpoint, wan_folder))
     found["tokenizer"] = found["tokenizer"].parent
-    return WeightFiles(**found)
+    return WeightFiles(**found, taehv=taehv)
 
 
 def included_folder(variant: Variant) -> Path | None:
@@ -133,7 +148,9 @@ def included_folder(variant: Variant) -> Path | None:
     return Path(__file__).parent / variant.included_weights.partition("@")[0] / "weights"
 
 
-def planned_downloads(variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None) -> list[PlannedDownload]:
+def planned_downloads(
+    variant: Variant, *, checkpoint: Path | None, wan_folder: Path | None, has_taehv: bool = False
+) -> list[PlannedDownload]:
     """List what `resolve_weights` would take from the hub, without touching the network.
 
     Raises:
@@ -141,12 +158,12 @@ def planned_downloads(variant: Variant, *, checkpoint: Path | None, wan_folder: 
     """
     return [
         PlannedDownload(part.repo, part.revision, part.filename, part.cached() is not None)
-        for part in _parts(variant, checkpoint, wan_folder).values()
+        for part in _parts(variant, checkpoint, wan_folder, has_taehv=has_taehv).values()
         if part.given is None
     ]
 
 
-def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -> dict[str, _Part]:
+def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None, *, has_taehv: bool) -> dict[str, _Part]:
     """Return the wanted files by the field of `WeightFiles` that they fill."""
     included = included_folder(variant)
     checkpoint, wan_folder = checkpoint or included, wan_folder or included
@@ -169,7 +186,10 @@ def _parts(variant: Variant, checkpoint: Path | None, wan_folder: Path | None) -
             root=dit_root,
         )
     }
-    for role, filename in (("text_encoder", TEXT_ENCODER_FILE), ("vae", VAE_FILE), ("tokenizer", TOKENIZER_FILE)):
+    wan_files = {"text_encoder": TEXT_ENCODER_FILE, "vae": VAE_FILE, "tokenizer": TOKENIZER_FILE}
+    if has_taehv and not variant.takes_image:
+        del wan_files["vae"]
+    for role, filename in wan_files.items():
         parts[role] = _Part(
             repo=WAN_REPOSITORY,
             revision=WAN_REVISION,

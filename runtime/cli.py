@@ -166,8 +166,8 @@ def _check_together(
         raise UsageError("PROMPT excludes --prompt: give one or the other")
     if endless and total_blocks is not None:
         raise UsageError("--endless excludes --total-blocks: give one or the other")
-    if engine is not None and (options.checkpoint or options.wan_folder):
-        raise UsageError("--engine excludes --checkpoint and --wan-folder: an engine holds its weights")
+    if engine is not None and (options.checkpoint or options.wan_folder or options.taehv):
+        raise UsageError("--engine excludes --checkpoint, --wan-folder and --taehv: an engine holds its weights")
     if engine is not None and "slug" not in given and engine.is_dir():
         return dataclasses.replace(options, slug=read_manifest(engine).config.variant.slug)
     return options

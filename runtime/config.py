@@ -51,12 +51,21 @@ IMAGE_FITS = ("stretch", "crop")
 TEXT_ENCODER_USES = ("free", "keep")
 """What becomes of the text encoder once a prompt is encoded: its memory is given back, or it stays for more prompts."""
 
-DECODERS = ("wan",)
-"""Decoders that an engine can be built with."""
+TAEHV_FILES = {"taehv": "taew2_1", "lighttae": "lighttaew2_1"}
+"""Forms of the tiny decoder, which take different latents, and the released file of each, without its suffix."""
+
+DECODERS = ("wan", *TAEHV_FILES)
+"""Decoders that an engine can be built with, the default first."""
 
 CHECKPOINT_REPOSITORY = "zhuhz22/Causal-Forcing"
 CHECKPOINT_REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"
 """Pinned revision of the released Causal-Forcing checkpoints."""
+
+TAEHV_FETCH = {
+    "taehv": "curl -LO https://github.com/madebyollin/taehv/raw/1f14a568f24bf8811e0a0ac601613e04fc1581e8/taew2_1.pth",
+    "lighttae": "hf download lightx2v/Autoencoders lighttaew2_1.pth --local-dir .",
+}
+"""Commands that bring the released files of the tiny decoders; they lie on no hub at a revision known to us."""
 
 WAN_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
 WAN_REVISION = "37ec512624d61f7aa208f7ea8140a131f93afc9a"
@@ -119,12 +128,14 @@ class EngineOptions:
     """Latent frames that the KV cache holds."""
     sink_frames: int | None = None
     """First latent frames of the clip that never leave the cache."""
-    decoder: str = "wan"
-    """Decoder from latents to pixels."""
+    decoder: str | None = None
+    """Decoder from latents to pixels: wan, the default, or a tiny one, taehv or lighttae."""
     checkpoint: Path | None = None
     """DiT checkpoint file, or the folder of the released layout."""
     wan_folder: Path | None = None
     """Wan2.1-T2V-1.3B folder with text encoder, tokenizer and VAE."""
+    taehv: Path | None = None
+    """File of the tiny decoder, taew2_1 or lighttaew2_1; by default the one in the Wan folder."""
     random_weights: int | None = None
     """Seed of random weights, in place of a checkpoint."""
     compute_capability: list[int] | None = None
@@ -141,16 +152,34 @@ class EngineOptions:
             object.__setattr__(self, "compute_capability", sorted(set(self.compute_capability)))
         if self.precision is not None and self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
-        if self.decoder not in DECODERS:
+        if self.decoder is not None and self.decoder not in DECODERS:
             raise UnknownNameError("decoder", self.decoder, DECODERS)
-        if self.random_weights is not None and (self.checkpoint or self.wan_folder):
-            raise UsageError("--random-weights excludes --checkpoint and --wan-folder: give one or the other")
+        if self.random_weights is not None and (self.checkpoint or self.wan_folder or self.taehv):
+            raise UsageError("--random-weights excludes --checkpoint, --wan-folder and --taehv: give one or the other")
+        if self.taehv is not None:
+            self._check_taehv(self.taehv)
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise UsageError(f"--optimization-level {self.optimization_level} is out of range: use 0 to 5")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UsageError(f"--workspace-mib {self.workspace_mib} leaves no memory: use 1 or more")
         if self.plugin is not None and self.plugin not in PLUGIN_KINDS:
             raise UnknownNameError("plugin", self.plugin, PLUGIN_KINDS)
+
+    @property
+    def has_taehv(self) -> bool:
+        """Whether the decoder is a form of TAEHV."""
+        return self.decoder in TAEHV_FILES
+
+    def _check_taehv(self, file: Path) -> None:
+        """Check that a file goes with the decoder: both forms have the same tensors, only the name tells them apart."""
+        if not self.has_taehv:
+            raise UsageError(f"--taehv is for the tiny decoders: add --decoder {' or '.join(TAEHV_FILES)}")
+        named = next((name for name in ("lighttae", "taehv") if file.name.startswith(TAEHV_FILES[name])), self.decoder)
+        if named != self.decoder:
+            raise UsageError(
+                f"{file} is the file of --decoder {named}, which takes other latents than {self.decoder}: "
+                f"use --decoder {named}"
+            )
 
     def variant(self) -> Variant:
         """Return the variant that the slug names."""
@@ -204,7 +233,10 @@ class EngineConfig:
     decoder: str
     """Decoder from latents to pixels."""
     weights: str
-    """Identity of the weights: `random:SEED`, `included:…`, pinned hub files, or `sha256:…` of local files."""
+    """Identity of the weights: `random:SEED`, `included:…`, pinned hub files, or `sha256:…` of local files.
+
+    A file of TAEHV beside pinned ones adds `+taehv:` and its hash.
+    """
     plan: PlanOptions | None = None
     """How TensorRT compiles it; None for other backends."""
     schema_version: int = SCHEMA_VERSION
@@ -253,6 +285,9 @@ def build_command(fields: dict[str, Any]) -> str:
     for option in ("backend", "precision"):
         if option in fields:
             words += [f"--{option}", str(fields[option])]
+    decoder = fields.get("decoder", DECODERS[0])
+    if decoder != DECODERS[0]:
+        words += ["--decoder", str(decoder)]
     words += _plan_words(fields)
     weights = str(fields.get("weights", ""))
     # Without a released checkpoint, seed 0 is what a slug stands for.
@@ -260,6 +295,8 @@ def build_command(fields: dict[str, Any]) -> str:
         words += ["--random-weights", weights.removeprefix("random:")]
     if weights.startswith("sha256:"):
         words += ["--checkpoint", "FILE", "--wan-folder", "FOLDER"]
+    if decoder != DECODERS[0] and not weights.startswith("random:"):
+        words += ["--taehv", "FILE"]
     return shlex.join(words)
 
 

@@ -30,6 +30,7 @@ from causal_forcing.runtime.spec import (
     IOTensor,
     ModelSpec,
     NetworkSpec,
+    TAEHVSpec,
     TextSpec,
     VAESpec,
     Variant,
@@ -215,11 +216,12 @@ def describe_files(folder: Path) -> dict[str, EngineFile]:
 def _config(fields: dict[str, Any]) -> EngineConfig:
     variant = dict(fields["variant"])
     model = variant["model"]
-    vae: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in model["vae"].items()
-    }
     variant["model"] = ModelSpec(
-        name=model["name"], dit=DiTSpec(**model["dit"]), vae=VAESpec(**vae), text=TextSpec(**model["text"])
+        name=model["name"],
+        dit=DiTSpec(**model["dit"]),
+        vae=VAESpec(**_with_tuples(model["vae"])),
+        text=TextSpec(**model["text"]),
+        taehv=None if model["taehv"] is None else TAEHVSpec(**_with_tuples(model["taehv"])),
     )
     for steps in ("denoising_steps", "first_chunk_denoising_steps"):
         variant[steps] = None if variant[steps] is None else tuple(variant[steps])
@@ -228,6 +230,11 @@ def _config(fields: dict[str, Any]) -> EngineConfig:
         plan = PlanOptions(**{**plan, "compute_capabilities": tuple(plan["compute_capabilities"])})
     geometry = Geometry(**fields["geometry"])
     return EngineConfig(**{**fields, "variant": Variant(**variant), "geometry": geometry, "plan": plan})
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with tuples where JSON has lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _network(fields: dict[str, Any]) -> NetworkSpec:

@@ -115,7 +115,7 @@ def recorded_options(record: ClipRecord) -> tuple[EngineOptions, GenerateConfig]
     """
     given, config = dict(record.engine_options), record.engine_config
     try:
-        for name in ("checkpoint", "wan_folder"):
+        for name in ("checkpoint", "wan_folder", "taehv"):
             given[name] = None if given.get(name) is None else Path(given[name])
         # Where the engine was named by its folder, only its own configuration says which one it was.
         for name in ("pixel_height", "pixel_width", "window_frames", "sink_frames"):

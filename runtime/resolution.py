@@ -8,6 +8,9 @@ from causal_forcing.runtime.backends import choose_backend, choose_plan, choose_
 from causal_forcing.runtime.config import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_REVISION,
+    DECODERS,
+    TAEHV_FETCH,
+    TAEHV_FILES,
     WAN_REPOSITORY,
     WAN_REVISION,
     EngineConfig,
@@ -16,8 +19,8 @@ from causal_forcing.runtime.config import (
     op_digest,
     package_version,
 )
-from causal_forcing.runtime.errors import EngineMismatchError, UsageError
-from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest
+from causal_forcing.runtime.errors import CheckpointError, EngineMismatchError, UsageError, WeightsMissingError
+from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest, file_sha256
 from causal_forcing.runtime.spec import Geometry
 
 
@@ -27,11 +30,16 @@ def default_root() -> Path:
 
 
 def weights_identity(options: EngineOptions) -> str | None:
-    """Return the identity of the weights that the options stand for, without looking at any file.
+    """Return the identity of the weights that the options stand for, without looking at any file but TAEHV's.
 
     Returns:
-        `random:SEED`, `included:…` with the package's pin, or `hub:…` at the pinned revisions; None where any file is
-        the user's own, which only the build can tell by its content.
+        `random:SEED`, `included:…` with the package's pin, or `hub:…` at the pinned revisions, with the hash of TAEHV's
+        file where that is the decoder; None where another file is the user's own, which only the build can tell by its
+        content.
+
+    Raises:
+        WeightsMissingError: The file of TAEHV is not there.
+        CheckpointError: It cannot be read.
     """
     variant = options.variant()
     if options.random_weights is not None:
@@ -39,12 +47,42 @@ def weights_identity(options: EngineOptions) -> str | None:
     if options.checkpoint or options.wan_folder:
         return None
     if variant.checkpoint_file is None:
-        return "random:0"
+        return None if options.taehv else "random:0"
     if variant.included_weights is not None:
         return f"included:{variant.included_weights}"
-    return (
+    pinned = (
         f"hub:{CHECKPOINT_REPOSITORY}@{CHECKPOINT_REVISION[:12]}/{variant.checkpoint_file}"
         f"+{WAN_REPOSITORY}@{WAN_REVISION[:12]}"
+    )
+    if not options.has_taehv:
+        return pinned
+    path = taehv_file(options)
+    try:
+        return f"{pinned}+taehv:{file_sha256(path)}"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def taehv_file(options: EngineOptions) -> Path:
+    """Return the file of the tiny decoder: the one that was given, else the released one in the Wan folder.
+
+    Raises:
+        WeightsMissingError: There is none; the message has the command that brings it.
+    """
+    assert options.decoder in TAEHV_FILES, f"{options.decoder} is not a form of TAEHV"
+    stem, fetch = TAEHV_FILES[options.decoder], TAEHV_FETCH[options.decoder]
+    looked: list[Path] = []
+    if options.taehv is not None:
+        looked = [options.taehv]
+    elif options.wan_folder is not None:
+        looked = [options.wan_folder / f"{stem}{suffix}" for suffix in (".pth", ".safetensors")]
+    for path in looked:
+        if path.is_file():
+            return path
+    where = f"no {' or '.join(map(str, looked))}" if looked else "no file was named"
+    raise WeightsMissingError(
+        f"weights of the decoder {options.decoder} not found: {where}; where there is network run `{fetch}`, "
+        f"then pass --taehv {stem}.pth"
     )
 
 
@@ -65,6 +103,10 @@ def resolve_engine(
     """
     backend, _ = choose_backend(options.backend, device, for_build=for_build)
     geometry = options.geometry()
+    if options.has_taehv and options.variant().model.taehv is None:
+        raise UsageError(
+            f"no {options.decoder} was trained for the latents of {options.slug}: leave out --decoder and --taehv"
+        )
     precision = choose_precision(backend, options.precision, device)
     if backend.name == "tensorrt-rtx":
         _check_native_ring(geometry)
@@ -74,7 +116,7 @@ def resolve_engine(
         backend=backend.name,
         backend_version=backend.artefact_version(),
         precision=precision,
-        decoder=options.decoder,
+        decoder=options.decoder or DECODERS[0],
         weights=weights,
         plan=choose_plan(backend, options, precision, device),
         package_version=package_version(),
@@ -110,6 +152,7 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
         "window_frames": (geometry.window_frames, options.window_frames),
         "sink_frames": (geometry.sink_frames, options.sink_frames),
         "precision": (config.precision, options.precision),
+        "decoder": (config.decoder, options.decoder),
         "backend": (config.backend, None if options.backend == "auto" else options.backend),
         "weights": (config.weights, None if options.random_weights is None else weights_identity(options)),
     }
@@ -120,7 +163,8 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
 
 def _command(options: EngineOptions) -> str:
     words = [f"cf-build {options.slug}"]
-    for name in ("pixel_height", "pixel_width", "window_frames", "sink_frames", "precision", "random_weights"):
+    sizes = ("pixel_height", "pixel_width", "window_frames", "sink_frames")
+    for name in (*sizes, "precision", "decoder", "random_weights"):
         value = getattr(options, name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')} {value}")

@@ -77,6 +77,18 @@ class VAESpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TAEHVSpec:
+    """Sizes of TAEHV, the tiny decoder (madebyollin/taehv@1f14a56 taehv.py, TAEHV)."""
+
+    widths: tuple[int, ...] = (256, 128, 64, 64)
+    """Channels of each stage, coarsest first; the last stage has no blocks."""
+    temporal_upsample: tuple[bool, ...] = (False, True, True)
+    """Whether the step from each stage to the next doubles the frame rate too."""
+    latent_channels: int = 16
+    """Channels of a latent frame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
     """Sizes of the UMT5 encoder."""
 
@@ -114,6 +126,8 @@ class ModelSpec:
     """Pixels to latents and back."""
     text: TextSpec
     """Prompts to embeddings."""
+    taehv: TAEHVSpec | None = None
+    """Latents to pixels, at less cost; None where no such decoder was trained."""
 
 
 WAN21_T2V_1_3B = ModelSpec(
@@ -124,6 +138,7 @@ WAN21_T2V_1_3B = ModelSpec(
     vae=VAESpec(base_dim=96),
     # Causal-Forcing wan/modules/t5.py, umt5_xxl.
     text=TextSpec(vocab_size=256384, dim=4096, attention_dim=4096, ffn_dim=10240, num_heads=64, num_layers=24),
+    taehv=TAEHVSpec(),
 )
 
 TINY = ModelSpec(
@@ -132,6 +147,7 @@ TINY = ModelSpec(
     dit=DiTSpec(dim=64, ffn_dim=160, num_heads=2, num_layers=2, freq_dim=48, text_dim=32),
     vae=VAESpec(base_dim=8),
     text=TextSpec(vocab_size=259, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2),
+    taehv=TAEHVSpec(widths=(16, 8, 8, 8)),
 )
 
 SHAPES = ModelSpec(

@@ -196,16 +196,16 @@ class LatentScale(nn.Module):
     The constants take the dtype of the VAE before the reciprocal is formed, as upstream's do: it matters in bf16.
 
     Args:
-        vae: Gives the statistics, the dtype and the device.
+        spec: Gives the statistics.
+        weight: Any of the network that takes the latents: gives dtype and device.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, vae: WanVAE) -> None:
+    def __init__(self, spec: VAESpec, weight: torch.Tensor) -> None:
         super().__init__()
-        weight = vae.conv2.weight
-        for name, values in (("mean", vae.spec.latent_mean), ("std", vae.spec.latent_std)):
+        for name, values in (("mean", spec.latent_mean), ("std", spec.latent_std)):
             constant = torch.tensor(values, dtype=weight.dtype, device=weight.device).view(-1, 1, 1)
             self.register_buffer(name, constant, persistent=False)
 
@@ -223,7 +223,7 @@ class _DecoderNetwork(nn.Module):
 
     def __init__(self, vae: WanVAE) -> None:
         super().__init__()
-        self.latent_scale = LatentScale(vae)
+        self.latent_scale = LatentScale(vae.spec, vae.conv2.weight)
         self.conv2 = vae.conv2
         self.decoder = vae.decoder
 
@@ -273,7 +273,7 @@ class _EncoderNetwork(nn.Module):
         self.latent_channels = vae.spec.latent_channels
         self.encoder = vae.encoder
         self.conv1 = vae.conv1
-        self.latent_scale = LatentScale(vae)
+        self.latent_scale = LatentScale(vae.spec, vae.conv2.weight)
 
     def encode(self, video: torch.Tensor, caches: ConvCaches) -> Tensors:
         """Return the latent's mean [B, 1, C, h, w], normalised, and the collected caches."""

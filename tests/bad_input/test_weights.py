@@ -19,7 +19,9 @@ from causal_forcing.runtime.spec import find_variant
 Refuses = Callable[..., str]
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
 GIVEN = ("--checkpoint", "dit.pt", "--wan-folder", "wan", "--output", "engines", "--device", "cpu")
+TINY_DECODER = ("--decoder", "taehv")
 DIT, VAE, TEXT = Path("dit.pt"), Path("wan/Wan2.1_VAE.pth"), Path("wan/models_t5_umt5-xxl-enc-bf16.pth")
+TAEHV = Path("wan/taew2_1.pth")
 TOKENIZER = Path("wan/google/umt5-xxl/tokenizer.json")
 
 
@@ -42,6 +44,7 @@ def whole_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / TOKENIZER).parent.parent.mkdir(parents=True)
     torch.save(source.dit().state_dict(), folder / DIT)
     torch.save(source.vae().state_dict(), folder / VAE)
+    torch.save(source.taehv().state_dict(), folder / TAEHV)
     own = source.text_encoder().state_dict()
     torch.save({theirs: own[ours] for theirs, ours in upstream_names(model.text).items()}, folder / TEXT)
     write_byte_tokenizer((folder / TOKENIZER).parent)
@@ -94,6 +97,72 @@ def test_weights_spoilt_are_refused_before_the_build_begins(
     assert file.name in said
     assert not list(weights.rglob("ran"))
     assert not (weights / "engines").exists()
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_weights_of_a_tiny_decoder_spoilt_are_refused_before_the_build_begins(
+    refuses: Refuses, weights: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(weights / TAEHV)
+    said = refuses("cf-build", "tiny", *GIVEN, *TINY_DECODER)
+    assert SPOILS[spoil].replace("--checkpoint or --wan-folder", "--taehv") in said
+    assert TAEHV.name in said
+    assert not list(weights.rglob("ran"))
+    assert not (weights / "engines").exists()
+
+
+def test_weights_of_another_tiny_decoder_are_counted(refuses: Refuses, weights: Path) -> None:
+    shutil.copy(weights / VAE, weights / "mine.pth")
+    said = refuses("cf-build", "tiny", *GIVEN, *TINY_DECODER, "--taehv", "mine.pth")
+    assert "mine.pth does not fit TAEHV: got " in said
+    assert "missing (decoder.1.weight, " in said
+    assert said.endswith("--taehv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--decoder", "taehv"],
+            "decoder taehv not found: no wan/taew2_1.pth or wan/taew2_1.safetensors; where there is network run "
+            "`curl -LO https://github.com/madebyollin/taehv/raw/1f14a568f24bf8811e0a0ac601613e04fc1581e8/taew2_1.pth`, "
+            "then pass --taehv taew2_1.pth",
+        ),
+        (
+            ["--decoder", "lighttae"],
+            "decoder lighttae not found: no wan/lighttaew2_1.pth or wan/lighttaew2_1.safetensors; where there is "
+            "network run `hf download lightx2v/Autoencoders lighttaew2_1.pth --local-dir .`, then pass --taehv "
+            "lighttaew2_1.pth",
+        ),
+        (["--decoder", "taehv", "--taehv", "nothing.pth"], "decoder taehv not found: no nothing.pth; where there is"),
+        (["--decoder", "taehv", "--taehv", "wan"], "decoder taehv not found: no wan; where there is network run"),
+    ],
+)
+@pytest.mark.parametrize("command", ["build", "plan", "verify"])
+def test_weights_of_a_tiny_decoder_missing_are_named_with_the_command_that_brings_them(
+    refuses: Refuses, weights: Path, command: str, arguments: list[str], said: str
+) -> None:
+    (weights / TAEHV).unlink()
+    assert said in refuses("cf-build", command, "tiny", *GIVEN, *arguments, code=3)
+
+
+@pytest.mark.parametrize("program", ["cf-build", "cf-generate"])
+def test_weights_of_a_tiny_decoder_are_missed_before_any_download(refuses: Refuses, program: str) -> None:
+    ask = ("--prompt", "a fox") if program == "cf-generate" else ()
+    said = refuses(program, CHUNKWISE, *TINY_DECODER, "--device", "cpu", *ask, code=3)
+    assert "weights of the decoder taehv not found: no file was named; where there is network run `curl " in said
+
+
+@pytest.mark.parametrize("program", ["cf-build", "cf-generate"])
+@pytest.mark.parametrize("extra", [[], ["--random-weights", "0"], ["--taehv", "taew2_1.pth"]])
+def test_weights_of_a_tiny_decoder_for_shapes_do_not_exist(refuses: Refuses, program: str, extra: list[str]) -> None:
+    said = refuses(program, "shapes", "--decoder", "taehv", *extra)
+    assert said.endswith("no taehv was trained for the latents of shapes: leave out --decoder and --taehv")
+
+
+def test_weights_of_a_tiny_decoder_alone_do_not_make_tiny_whole(refuses: Refuses, weights: Path) -> None:
+    said = refuses("cf-build", "tiny", *TINY_DECODER, "--taehv", str(TAEHV), code=3)
+    assert "tiny has no released weights, they are random by design: pass --random-weights 0" in said
 
 
 def test_weights_of_another_model_are_counted(refuses: Refuses, weights: Path) -> None:

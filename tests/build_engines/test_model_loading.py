@@ -95,7 +95,7 @@ def test_random_models_of_one_seed_are_the_same_and_of_another_are_not() -> None
 
 def test_random_models_leave_no_parameter_hollow() -> None:
     models = RandomModels(model=TINY, seed=0, dtype=torch.float16)
-    for module in (models.dit(), models.vae(), models.text_encoder()):
+    for module in (models.dit(), models.vae(), models.taehv(), models.text_encoder()):
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             assert not tensor.is_meta, name
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float16}
@@ -131,6 +131,7 @@ def test_random_and_hollow_models_have_the_parameters_of_the_released_ones() -> 
     for left, right in (
         (hollow.dit(), random.dit()),
         (hollow.vae(), random.vae()),
+        (hollow.taehv(), random.taehv()),
         (hollow.text_encoder(), random.text_encoder()),
     ):
         shapes = [{n: tuple(p.shape) for n, p in module.named_parameters()} for module in (left, right)]

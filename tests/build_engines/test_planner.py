@@ -62,6 +62,7 @@ def test_plan_with_the_engine_there_reuses_it(tmp_path: Path) -> None:
         ({"pixel_width": 64}, "geometry.pixel_width (48, wanted 64)"),
         ({"window_frames": 12}, "geometry.window_frames (21, wanted 12)"),
         ({"precision": "bf16"}, "precision (fp32, wanted bf16)"),
+        ({"decoder": "taehv"}, "decoder (wan, wanted taehv)"),
         ({"random_weights": 3}, "weights (random:0, wanted random:3)"),
     ],
 )

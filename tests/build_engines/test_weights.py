@@ -75,7 +75,7 @@ def test_resolve_weights_downloads_all_at_the_pinned_revisions(hub: Hub) -> None
     ]
     assert files.dit == hub.path(*hub.asked[0])
     assert files.text_encoder.name == WAN_FILES[0]
-    assert files.vae.name == WAN_FILES[1]
+    assert (files.vae or Path()).name == WAN_FILES[1]
     assert (files.tokenizer / "tokenizer.json").is_file()
 
 
@@ -114,7 +114,23 @@ def test_resolve_weights_safetensors_siblings_are_taken(tmp_path: Path) -> None:
         "google/umt5-xxl/tokenizer.json",
     )
     files = resolve_weights(CHUNKWISE, checkpoint=root, wan_folder=wan)
-    assert {files.dit.suffix, files.text_encoder.suffix, files.vae.suffix} == {".safetensors"}
+    assert {files.paths()[role].suffix for role in ("dit", "text_encoder", "vae")} == {".safetensors"}
+
+
+def test_resolve_weights_with_a_tiny_decoder_leaves_the_vae_unless_an_image_is_encoded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    taehv = folder_with(tmp_path, "taew2_1.pth") / "taew2_1.pth"
+    files = resolve_weights(CHUNKWISE, checkpoint=None, wan_folder=None, taehv=taehv)
+    assert (files.vae, files.taehv) == (None, taehv)
+    assert set(files.paths()) == {"dit", "text_encoder", "taehv", "tokenizer"}
+    assert WAN_FILES[1] not in [name for _, _, name in hub.asked]
+    planned = planned_downloads(CHUNKWISE, checkpoint=None, wan_folder=None, has_taehv=True)
+    assert [download.filename for download in planned] == [DIT_FILE, WAN_FILES[0], WAN_FILES[2]]
+    i2v = find_variant("causal-forcing-wan2.1-i2v-1.3b-framewise")
+    files = resolve_weights(i2v, checkpoint=None, wan_folder=None, taehv=taehv)
+    assert (files.vae or Path()).name == WAN_FILES[1]
+    assert files.taehv == taehv
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def test_every_engine_option_can_be_given() -> None:
         if field.name in ("slug", "backend", "precision", "decoder"):
             continue
         value = {"plugin": "quick", "optimization_level": "5"}.get(field.name, sample[str(field.type).split(" ")[0]])
-        options = parse(f"--{field.name.replace('_', '-')}", value)
+        beside = ("--decoder", "taehv") if field.name == "taehv" else ()
+        options = parse(f"--{field.name.replace('_', '-')}", value, *beside)
         assert str(getattr(options, field.name)).strip("[]") == value
 
 
@@ -111,6 +112,8 @@ def test_compute_capability_is_repeatable_and_its_order_is_nothing() -> None:
         EngineOptions(slug="tiny"),
         EngineOptions(slug="tiny", random_weights=7),
         EngineOptions(slug="tiny", random_weights=0),
+        EngineOptions(slug="tiny", decoder="taehv"),
+        EngineOptions(slug="causal-forcing-wan2.1-t2v-1.3b-chunkwise", decoder="lighttae", random_weights=0),
         EngineOptions(slug="tiny-i2v", backend="torch", precision="bf16", pixel_height=32, pixel_width=48),
         EngineOptions(slug="tiny", window_frames=9, sink_frames=3),
         EngineOptions(slug="shapes-framewise"),

@@ -175,6 +175,19 @@ def test_build_command_of_defaults_names_slug_backend_and_precision_only(config:
 def test_build_command_of_local_files_leaves_room_for_their_paths(config: EngineConfig) -> None:
     local = dataclasses.replace(config, weights="sha256:0123")
     assert local.build_command().endswith("--checkpoint FILE --wan-folder FOLDER")
+    tiny_decoder = dataclasses.replace(local, decoder="lighttae")
+    assert tiny_decoder.build_command().endswith("--checkpoint FILE --wan-folder FOLDER --taehv FILE")
+    assert "--decoder lighttae" in tiny_decoder.build_command()
+
+
+def test_build_command_of_pinned_files_beside_a_tiny_decoder_asks_for_its_file_alone(config: EngineConfig) -> None:
+    pinned = dataclasses.replace(config, weights="hub:a@1/b+c@2+taehv:0123", decoder="taehv")
+    assert pinned.build_command().endswith("--precision fp32 --decoder taehv --taehv FILE")
+
+
+def test_build_command_of_a_random_tiny_decoder_needs_no_file(config: EngineConfig) -> None:
+    command = dataclasses.replace(config, decoder="taehv").build_command()
+    assert command == f"cf-build tiny-i2v --backend {config.backend} --precision fp32 --decoder taehv"
 
 
 @pytest.mark.parametrize("fields", [{}, {"variant": {"slug": "old"}}, {"weights": 3, "geometry": {"pixel_height": 1}}])
@@ -207,9 +220,9 @@ def test_options_with_an_unknown_name_offer_the_nearest(options: dict[str, Any],
         EngineOptions(**options)
 
 
-@pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}])
+@pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}, {"taehv": Path("a.pth")}])
 def test_options_with_random_weights_and_files_are_refused(files: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--random-weights excludes --checkpoint and --wan-folder"):
+    with pytest.raises(UsageError, match="--random-weights excludes --checkpoint, --wan-folder and --taehv"):
         EngineOptions(random_weights=0, **files)
 
 

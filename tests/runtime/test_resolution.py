@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -19,9 +20,15 @@ from causal_forcing.runtime.config import (
     EngineOptions,
     PlanOptions,
 )
-from causal_forcing.runtime.errors import BackendUnavailableError, EngineMismatchError, UnknownNameError, UsageError
+from causal_forcing.runtime.errors import (
+    BackendUnavailableError,
+    EngineMismatchError,
+    UnknownNameError,
+    UsageError,
+    WeightsMissingError,
+)
 from causal_forcing.runtime.manifest import Manifest
-from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
+from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, taehv_file, weights_identity
 from causal_forcing.runtime.spec import VARIANTS
 
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
@@ -81,6 +88,41 @@ def test_weights_identity_of_the_users_files_is_left_to_the_build(slug: str, fil
     assert weights_identity(EngineOptions(slug=slug, **files)) is None
 
 
+@pytest.mark.parametrize(("decoder", "file"), [("taehv", "taew2_1.pth"), ("lighttae", "lighttaew2_1.safetensors")])
+def test_weights_identity_of_pinned_files_and_a_tiny_decoders_has_its_hash(
+    decoder: str, file: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_bytes(b"weights")
+    options = EngineOptions(slug=CHUNKWISE, decoder=decoder, taehv=tmp_path / file)
+    pinned = weights_identity(EngineOptions(slug=CHUNKWISE))
+    assert weights_identity(options) == f"{pinned}+taehv:{hashlib.sha256(b'weights').hexdigest()}"
+    assert weights_identity(EngineOptions(slug="tiny", decoder=decoder)) == "random:0"
+    assert weights_identity(EngineOptions(slug="tiny", decoder=decoder, taehv=tmp_path / file)) is None
+
+
+def test_taehv_file_is_the_given_one_else_the_released_one_in_the_wan_folder(tmp_path: Path) -> None:
+    for name in ("mine.pth", "taew2_1.safetensors", "lighttaew2_1.pth"):
+        (tmp_path / name).touch()
+    folder = EngineOptions(slug=CHUNKWISE, decoder="taehv", wan_folder=tmp_path)
+    assert taehv_file(folder) == tmp_path / "taew2_1.safetensors"
+    assert taehv_file(dataclasses.replace(folder, decoder="lighttae")) == tmp_path / "lighttaew2_1.pth"
+    assert taehv_file(dataclasses.replace(folder, taehv=tmp_path / "mine.pth")) == tmp_path / "mine.pth"
+
+
+def test_taehv_file_missing_names_the_command_that_brings_it(tmp_path: Path) -> None:
+    options = EngineOptions(slug=CHUNKWISE, decoder="taehv")
+    with pytest.raises(WeightsMissingError, match=r"no file was named; .*`curl -LO https://.*/taew2_1.pth`, then pass"):
+        weights_identity(options)
+    in_folder = dataclasses.replace(options, wan_folder=tmp_path, decoder="lighttae")
+    with pytest.raises(WeightsMissingError, match=r"no .*/lighttaew2_1.pth or .*`hf download lightx2v/Autoencoders"):
+        taehv_file(in_folder)
+
+
+def test_resolve_engine_with_a_tiny_decoder_for_a_model_without_one_is_refused() -> None:
+    with pytest.raises(UsageError, match="no taehv was trained for the latents of shapes: leave out --decoder"):
+        resolve_engine(EngineOptions(slug="shapes", decoder="taehv"), weights="", device="cpu")
+
+
 def test_resolve_engine_on_a_cpu_takes_the_first_backend_and_fp32() -> None:
     config = resolve_engine(EngineOptions(slug="tiny"), weights="random:0", device="cpu")
     assert (config.backend, config.backend_version, config.precision) == ("onnxruntime", "opset24", "fp32")
@@ -116,6 +158,7 @@ def test_check_fits_with_the_slug_alone_passes() -> None:
         ("pixel_width", 64, 48),
         ("window_frames", 12, 9),
         ("sink_frames", 0, 3),
+        ("decoder", "taehv", "wan"),
     ],
 )
 def test_check_fits_with_another_option_names_it_both_values_and_the_build(field: str, value: Any, got: Any) -> None:
