@@ -70,7 +70,7 @@ def load_engines(folder: Path | str, *, device: str = "auto", text_encoder: str 
         BackendUnavailableError: Its backend is not installed, or the device is not there.
     """
     if text_encoder not in TEXT_ENCODER_USES:
-        raise UnknownNameError("text encoder use", text_encoder, TEXT_ENCODER_USES)
+        raise UnknownNameError("use of the text encoder", text_encoder, TEXT_ENCODER_USES)
     folder = Path(folder)
     manifest = read_manifest(folder)
     chosen = engine_device(manifest, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,32 @@ def test_generate_json_is_the_record(run: Run, tiny_engine: Path, tmp_path: Path
     summary = answer(run("cf-generate", "--engine", str(tiny_engine), *ASK, "--json", cwd=tmp_path))
     assert summary == json.loads((tmp_path / "a.json").read_text())
     assert summary["engine_config"]["variant"]["slug"] == "tiny", "of the engine, where no slug is given"
+
+
+def test_generate_a_known_prompt_needs_no_text_encoder(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
+    home = os.environ | {"CAUSAL_FORCING_HOME": str(tmp_path / "home")}
+    ask = ("cf-generate", "--engine", str(engine), *ASK, "--json")
+    encoded = answer(run(*ask, "--no-prompt-cache", "--text-encoder", "keep", cwd=tmp_path, env=home))
+    assert encoded["prompt_source"] == "encoded"
+    assert not (tmp_path / "home").exists()
+    assert answer(run(*ask, cwd=tmp_path, env=home))["prompt_source"] == "encoded"
+    (engine / "text_encoder.onnx").write_bytes(b"damaged")
+    cached = answer(run(*ask, cwd=tmp_path, env=home))
+    assert cached["prompt_source"] == "cached"
+    assert cached["frames_sha256"] == encoded["frames_sha256"]
+    refused = run(*ask, "--no-prompt-cache", cwd=tmp_path, env=home)
+    assert refused.returncode == 3
+    assert "text_encoder.onnx is damaged: 7 bytes" in refused.stderr
+    assert run("cf-generate", "--from-record", "a.json", "--no-prompt-cache", cwd=tmp_path, env=home).returncode == 3
+
+
+def test_generate_with_a_cache_folder_that_cannot_be_written_warns(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    home = os.environ | {"CAUSAL_FORCING_HOME": str(tmp_path / "home")}
+    finished = run("cf-generate", "--engine", str(tiny_engine), *ASK, cwd=tmp_path, env=home)
+    assert finished.returncode == 0, finished.stderr
+    assert "warning: the prompt's embedding is not kept in " in finished.stderr
 
 
 def test_generate_without_output_takes_a_new_name_each_time(run: Run, tiny_engine: Path, tmp_path: Path) -> None:

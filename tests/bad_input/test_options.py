@@ -48,6 +48,11 @@ def test_options_unknown_name_is_answered_with_the_nearest(
     assert said in refuses(program, *arguments)
 
 
+def test_options_unknown_use_of_the_text_encoder_names_the_known_ones(refuses: Refuses) -> None:
+    said = refuses("cf-generate", "tiny", *ASK, "--text-encoder", "fre")
+    assert "unknown use of the text encoder 'fre': did you mean 'free'? valid: free, keep" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

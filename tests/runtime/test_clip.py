@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,7 +19,7 @@ import pytest
 from causal_forcing.runtime.clip import ClipRequest, find_or_build, make_clip, recorded_engine
 from causal_forcing.runtime.clip_writer import ClipWriter
 from causal_forcing.runtime.config import EngineOptions, GenerateConfig
-from causal_forcing.runtime.errors import CausalForcingError, OutputError
+from causal_forcing.runtime.errors import CausalForcingError, EngineDamagedError, OutputError
 from causal_forcing.runtime.interruption import held_back, stoppable
 from causal_forcing.runtime.record import ClipRecord, read_record
 
@@ -82,6 +84,26 @@ def test_recorded_engine_is_found_while_it_is_the_same(tiny_engine: Path, tmp_pa
 
 def test_find_or_build_finds_what_is_built(tiny_engine: Path) -> None:
     assert find_or_build(OPTIONS, "cpu") == tiny_engine
+
+
+@pytest.mark.parametrize("name", ["dit_step.onnx", "text_encoder.onnx"])
+def test_clip_of_a_damaged_engine_in_the_cache_builds_it_again_and_goes_on(
+    name: str, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, built = shutil.copytree(tiny_engine, tmp_path / "damaged"), []
+    (damaged / name).write_bytes(b"damaged")
+
+    def build(options: EngineOptions, device: str) -> Path:
+        built.append(options)
+        return tiny_engine
+
+    monkeypatch.setattr("causal_forcing.runtime.clip.find_or_build", lambda options, device: damaged)
+    monkeypatch.setattr("causal_forcing.runtime.clip._build", build)
+    asked = dataclasses.replace(request_for(tmp_path / "a.mp4", total_blocks=1), prompt_cache=False)
+    assert make_clip(asked).engine == str(tiny_engine)
+    assert built == [OPTIONS]
+    with pytest.raises(EngineDamagedError, match=f"{name} is damaged"):
+        make_clip(dataclasses.replace(asked, engine_folder=damaged))
 
 
 @pytest.mark.parametrize(

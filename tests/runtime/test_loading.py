@@ -24,6 +24,7 @@ from causal_forcing.runtime.errors import (
 from causal_forcing.runtime.loading import load_engine, load_engines
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, read_manifest
 from causal_forcing.runtime.resolution import default_root, resolve_engine
+from causal_forcing.runtime.session import VideoSession
 
 
 def rehash(folder: Path) -> None:
@@ -78,6 +79,32 @@ def test_load_engines_with_an_altered_weight_is_refused_before_it_runs(copied: P
     path.write_bytes(content)
     with pytest.raises(EngineDamagedError, match=r"dit_step\.onnx"):
         load_engines(copied, device="cpu")
+
+
+def test_load_engines_leaves_the_files_of_the_text_encoder_alone_until_a_prompt_needs_it(copied: Path) -> None:
+    (copied / "text_encoder.onnx").unlink()
+    with VideoSession(load_engines(copied, device="cpu")) as session:
+        assert "token_ids" in session._io
+        with pytest.raises(EngineDamagedError, match=r"text_encoder\.onnx is missing; rebuild it: cf-build tiny"):
+            session.generate("a fox")
+        assert next(session.generate(torch.zeros(1, 512, 32), total_blocks=1)).latents.isfinite().all()
+
+
+def test_load_engines_finds_damage_in_the_text_encoder_when_a_prompt_needs_it(copied: Path) -> None:
+    path = copied / "text_encoder.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with (
+        VideoSession(load_engines(copied, device="cpu")) as session,
+        pytest.raises(EngineDamagedError, match=r"text_encoder\.onnx is damaged"),
+    ):
+        session.generate("a fox")
+
+
+def test_load_engines_with_an_unknown_use_of_the_text_encoder_names_the_known_ones(tiny_engine: Path) -> None:
+    with pytest.raises(UsageError, match="unknown use of the text encoder 'keeps': did you mean 'keep'"):
+        load_engines(tiny_engine, text_encoder="keeps")
 
 
 def test_load_engine_of_a_file_that_onnxruntime_cannot_read_says_so_in_a_line(copied: Path) -> None:
