@@ -9,6 +9,7 @@ import torch
 
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.torch_op import kv_cache_attention_in_place
+from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.session import VideoSession
 
@@ -30,6 +31,30 @@ def test_op_on_gpu_equals_reference_on_cpu(dtype: torch.dtype, tolerance: float)
     want = reference.kv_cache_attention(q, k, v, k_cache, v_cache, slots, valid, 32**-0.5)
     torch.testing.assert_close(got.cpu(), want, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(on_gpu[3].cpu(), k_cache, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("use", ["free", "keep"])
+def test_text_encoder_leaves_the_gpu_once_a_prompt_is_encoded_unless_it_is_kept(
+    use: str, tiny_torch_engine: Path
+) -> None:
+    engines = load_engines(tiny_torch_engine, device="cuda", text_encoder=use)
+    assert engines.text_encoder is not None
+    sizes: list[int] = []
+    load = engines.text_encoder.load
+
+    def measure(name: str) -> Engine:
+        before = torch.cuda.memory_allocated()
+        engine = load(name)
+        sizes.append(torch.cuda.memory_allocated() - before)
+        return engine
+
+    engines.text_encoder.load = measure
+    with VideoSession(engines) as session:
+        before = torch.cuda.memory_allocated()
+        session.generate("a red kite", total_blocks=1)
+        left = torch.cuda.memory_allocated() - before
+    assert sizes[0] > 2**18
+    assert left < sizes[0] / 2 if use == "free" else left >= sizes[0] / 2
 
 
 def test_clip_on_gpu_equals_clip_on_cpu(tiny_i2v_engine: Path) -> None:

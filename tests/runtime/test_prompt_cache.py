@@ -93,6 +93,20 @@ def test_embedding_that_is_damaged_is_none_and_is_written_anew(
     assert bits(got) == bits(embedding)
 
 
+def test_embedding_with_any_byte_changed_is_none_or_the_same(cache: PromptCache) -> None:
+    embedding = random_bits(tokens=1)
+    cache.store(KEY, embedding)
+    path = cache.folder / f"{KEY}.safetensors"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for flipped in (1, 0x20, 0x80):
+            content = bytearray(whole)
+            content[position] ^= flipped
+            path.write_bytes(content)
+            got = cache.load(KEY, embedding)
+            assert got is None or bits(got) == bits(embedding), position
+
+
 @pytest.mark.parametrize("expected", [random_bits(tokens=15), random_bits(torch.float16)], ids=["shape", "type"])
 def test_embedding_of_another_shape_or_type_is_none(expected: torch.Tensor, cache: PromptCache) -> None:
     cache.store(KEY, random_bits())
