@@ -113,7 +113,12 @@ def test_engine_of_another_version_names_both(
         (["tiny", "--window-frames", "9"], "window_frames is 21, expected 9", 3),
         (["tiny", "--random-weights", "7"], "weights is random:0, expected random:7", 3),
         (["tiny-i2v"], "slug is tiny, expected tiny-i2v; rebuild it: cf-build tiny-i2v", 3),
-        (["tiny", "--checkpoint", "x.pt"], "--engine excludes --checkpoint and --wan-folder", 2),
+        (
+            ["tiny", "--decoder", "taehv"],
+            "decoder is wan, expected taehv; rebuild it: cf-build tiny --decoder taehv",
+            3,
+        ),
+        (["tiny", "--checkpoint", "x.pt"], "--engine excludes --checkpoint, --wan-folder and --taehv", 2),
     ],
 )
 def test_engine_of_something_else_names_the_field(
