@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 
+from causal_forcing.build_engines.cuda.tape_set import TapeSet, compile_kernels
 from causal_forcing.build_engines.export import export_program, save_onnx, save_program
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.networks import (
@@ -63,11 +64,19 @@ class BuildJob:
     """Recorded in the manifest: weight files and their hashes."""
 
 
-def network_names(variant: Variant, parts: tuple[str, ...] = ALL_PARTS) -> list[str]:
+def has_pair(config: EngineConfig) -> bool:
+    """Say whether an engine has `dit_context_step`: a network for engines that never wait, one clip at a time."""
+    geometry = config.geometry
+    return config.backend == "cuda" and geometry.batch == 1 and 2 * geometry.chunk_frames <= geometry.window_frames
+
+
+def network_names(variant: Variant, parts: tuple[str, ...] = ALL_PARTS, *, with_pair: bool = False) -> list[str]:
     """Return the names of the networks that a build makes, in order."""
     names: list[str] = []
     if "dit" in parts:
         names += ["timestep_modulation", "prompt_kv", "dit_step", "dit_context"]
+        if with_pair:
+            names.append("dit_context_step")
     if "vae" in parts:
         names += ["vae_decoder_first", "vae_decoder"]
         if variant.takes_image:
@@ -104,12 +113,17 @@ def build(
         started_s = time.monotonic()
         networks, artefacts, seconds = [], {}, {}
         recipe, quantization = _quantize(job, partial)
+        tapes = TapeSet(partial) if job.config.backend == "cuda" else None
         for network in cut_networks(job, recipe):
             progress(network.spec.name)
             network_started_s = time.monotonic()
-            artefacts[network.spec.name] = _save(network, job.config, partial)
+            _check_room(network, partial)
+            artefacts[network.spec.name] = _save(network, job.config, partial) if tapes is None else tapes.add(network)
             seconds[network.spec.name] = round(time.monotonic() - network_started_s, 3)
             networks.append(network.spec)
+        if tapes is not None:
+            tapes.finish()
+            compile_kernels(partial, networks, artefacts)
         plans = {}
         if job.config.plan is not None:
             # Only now, when no model is in memory any more: compiling takes several times a network's weights.
@@ -157,7 +171,9 @@ def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Networ
         denoiser = job.source.dit()
         if recipe is not None:
             recipe.apply(denoiser)
-        yield from dit_networks(denoiser, geometry, precision=config.dtype, timesteps=len(timesteps))
+        yield from dit_networks(
+            denoiser, geometry, precision=config.dtype, timesteps=len(timesteps), with_pair=has_pair(config)
+        )
         del denoiser
         gc.collect()
     if "vae" in job.parts:
@@ -195,17 +211,22 @@ def _quantize(job: BuildJob, folder: Path) -> tuple[Recipe | None, dict[str, Any
 def _save(network: Network, config: EngineConfig, folder: Path) -> str:
     """Export one network into the folder; returns its file's name."""
     name = network.spec.name + _ARTEFACT_SUFFIX[config.backend]
-    needed, free = sum(weight.nbytes for weight in network.module.parameters()), shutil.disk_usage(folder).free
-    if needed > free:  # found out while writing, it would end torch's writer with an abort
-        raise OutputError(
-            f"cannot write {folder / name}: it takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
-            "free some, or choose another folder with cf-build --output or CAUSAL_FORCING_HOME"
-        )
     if config.backend == "torch":
         save_program(export_program(network), folder / name)
     else:
         export_onnx(network, config.geometry, folder / name)
     return name
+
+
+def _check_room(network: Network, folder: Path) -> None:
+    """Refuse to write a network that the disk has no room for; found out later, it would end torch's writer."""
+    needed, free = sum(weight.nbytes for weight in network.module.parameters()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"cannot write {network.spec.name} into {folder}: it takes {needed / 2**30:.2f} GiB and "
+            f"{free / 2**30:.2f} GiB are free; free some, or choose another folder with cf-build --output or "
+            "CAUSAL_FORCING_HOME"
+        )
 
 
 def export_onnx(network: Network, geometry: Geometry, path: Path) -> None:

@@ -162,11 +162,11 @@ def _build(job: BuildJob, folder: Path, reason: str) -> None:
     """Build an engine directory and say how far it is."""
     from causal_forcing.build_engines.build_display import BuildDisplay
     from causal_forcing.build_engines.builder import build as build_engine
-    from causal_forcing.build_engines.builder import network_names
+    from causal_forcing.build_engines.builder import has_pair, network_names
 
     config = job.config
     console.narrate(f"building {config.variant.slug} for {config.backend} ({reason}), {config.precision}")
-    with BuildDisplay(network_names(config.variant)) as display:
+    with BuildDisplay(network_names(config.variant, with_pair=has_pair(config))) as display:
         manifest = build_engine(job, folder, progress=display.export, plan_progress=display.compile)
     size_bytes = sum(entry.bytes for entry in manifest.files.values())
     console.narrate(f"built in {manifest.build['seconds']} s, {tables.size(size_bytes)}")

@@ -7,6 +7,7 @@
 | `timestep_modulation` | timestep embeddings | modulation tables |
 | `dit_step` | noisy latent chunk | its flow; keys and values into the cache |
 | `dit_context` | clean latent chunk | keys and values into the cache |
+| `dit_context_step` | clean latent chunk, the next, noisy one | both, in one pass; `cuda` only |
 | `vae_decoder_first`, `vae_decoder` | latent chunk | pixels |
 | `vae_encoder_first`, `vae_encoder` | image, four more frames | latent frame |
 """
@@ -14,13 +15,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from causal_forcing.build_engines.model_loading import ModelSource
-from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
+from causal_forcing.build_engines.models.dit import (
+    CausalDiT,
+    DiTContext,
+    DiTContextStep,
+    DiTStep,
+    PromptKV,
+    TimestepModulation,
+)
 from causal_forcing.build_engines.models.taehv import TAEHV, TAEHVDecoder, TAEHVDecoderFirst, memory_shapes
 from causal_forcing.build_engines.models.text_encoder import split_stages
 from causal_forcing.build_engines.models.vae import (
@@ -60,14 +68,17 @@ class Network:
     """Its forward takes the inputs in order and returns the outputs in order."""
 
 
-def dit_networks(dit: CausalDiT, geometry: Geometry, *, precision: str, timesteps: int) -> list[Network]:
-    """Describe the four networks of the DiT.
+def dit_networks(
+    dit: CausalDiT, geometry: Geometry, *, precision: str, timesteps: int, with_pair: bool = False
+) -> list[Network]:
+    """Describe the networks of the DiT.
 
     Args:
         dit: The model.
         geometry: Shapes to fix.
         precision: Dtype of activations and caches.
         timesteps: Rows of the modulation tables: distinct timesteps of the schedule.
+        with_pair: Whether `dit_context_step` is among them.
     """
     spec = dit.spec
     cross, caches = _cross_tensors(spec, geometry, precision), _cache_tensors(spec, geometry, precision)
@@ -76,13 +87,7 @@ def dit_networks(dit: CausalDiT, geometry: Geometry, *, precision: str, timestep
     latent = _latent(spec, geometry, precision)
     layer_modulation = IOTensor(name="layer_modulation", shape=(spec.num_layers, 6, spec.dim), dtype=precision)
     head_modulation = IOTensor(name="head_modulation", shape=(2, spec.dim), dtype=precision)
-    rope_shape = (geometry.chunk_tokens, spec.head_dim // 2)
-    placement = (
-        IOTensor(name="rope_cos", shape=rope_shape, dtype="float32"),
-        IOTensor(name="rope_sin", shape=rope_shape, dtype="float32"),
-        IOTensor(name="slots", shape=(geometry.chunk_frames,), dtype="int32"),
-        IOTensor(name="valid_slots", shape=(geometry.batch,), dtype="int32"),
-    )
+    placement = _placement(spec, geometry, prefix="", chunks=1)
     step = NetworkSpec(
         name="dit_step",
         inputs=(latent, layer_modulation, head_modulation, *placement, *cross, *caches),
@@ -97,11 +102,23 @@ def dit_networks(dit: CausalDiT, geometry: Geometry, *, precision: str, timestep
         states=states,
         in_place=True,
     )
+    pair_modulation = IOTensor(name="pair_modulation", shape=(spec.num_layers, 2, 6, spec.dim), dtype=precision)
+    pair = NetworkSpec(
+        name="dit_context_step",
+        inputs=(
+            *(latent, replace(latent, name="next_latent"), pair_modulation, head_modulation),
+            *(*_placement(spec, geometry, prefix="pair_", chunks=2), *cross, *caches),
+        ),
+        outputs=step.outputs,
+        states=states,
+        in_place=True,
+    )
     return [
         Network(spec=_modulation_spec(spec, precision, timesteps), module=TimestepModulation(dit)),
         Network(spec=_prompt_kv_spec(spec, geometry, precision, cross), module=PromptKV(dit)),
         Network(spec=step, module=DiTStep(dit)),
         Network(spec=context, module=DiTContext(dit)),
+        *([Network(spec=pair, module=DiTContextStep(dit))] if with_pair else []),
     ]
 
 
@@ -248,6 +265,17 @@ def _latent(spec: DiTSpec | VAESpec | TAEHVSpec, geometry: Geometry, precision: 
     frame = (spec.latent_channels, geometry.latent_height, geometry.latent_width)
     shape = (geometry.batch, geometry.chunk_frames, *frame)
     return IOTensor(name="latent", shape=shape, dtype=precision)
+
+
+def _placement(spec: DiTSpec, geometry: Geometry, *, prefix: str, chunks: int) -> tuple[IOTensor, ...]:
+    """Name what tells a pass over consecutive chunks where they lie."""
+    rope_shape = (chunks * geometry.chunk_tokens, spec.head_dim // 2)
+    return (
+        IOTensor(name=f"{prefix}rope_cos", shape=rope_shape, dtype="float32"),
+        IOTensor(name=f"{prefix}rope_sin", shape=rope_shape, dtype="float32"),
+        IOTensor(name=f"{prefix}slots", shape=(chunks * geometry.chunk_frames,), dtype="int32"),
+        IOTensor(name=f"{prefix}valid_slots", shape=(chunks * geometry.batch,), dtype="int32"),
+    )
 
 
 def _cross_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:

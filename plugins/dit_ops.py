@@ -12,54 +12,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from causal_forcing.plugins.fused_op import fused_op
+from causal_forcing.plugins.fused_op import fused_op, kernel_of
 from causal_forcing.plugins.torch_op import kv_cache_attention_in_place
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def _launch_norm(*args: object) -> torch.Tensor | None:
-    from causal_forcing.plugins.kernels.norm_launch import launch_norm
-
-    return launch_norm(*args)
-
-
-def _launch_add_norm(*args: object) -> Pair | None:
-    from causal_forcing.plugins.kernels.norm_launch import launch_add_norm
-
-    return launch_add_norm(*args)
-
-
-def _launch_gated_add(*args: object) -> torch.Tensor | None:
-    from causal_forcing.plugins.kernels.norm_launch import launch_gated_add
-
-    return launch_gated_add(*args)
-
-
-def _launch_rms_norm(*args: object) -> torch.Tensor | None:
-    from causal_forcing.plugins.kernels.norm_launch import launch_rms_norm
-
-    return launch_rms_norm(*args)
-
-
-def _launch_norm_rope(*args: object) -> torch.Tensor | None:
-    return None  # always part of `projected_attention` where there is a GPU
-
-
-def _launch_projected_attention(*args: object) -> torch.Tensor | None:
-    from causal_forcing.plugins.kernels.projected_launch import launch_projected_attention
-
-    return launch_projected_attention(*args)
 
 
 def by_segment(x: torch.Tensor, modulation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Shape tokens [B, L, dim] and modulation so that they broadcast: [B, G, L/G, dim] and [G, 1, dim]."""
     if modulation.dim() == 1:
         return x, modulation
-    return x.unflatten(1, (modulation.shape[0], -1)), modulation[:, None]
+    batch, _, dim = x.shape
+    return x.reshape(batch, modulation.shape[0], -1, dim), modulation[:, None]
 
 
-@fused_op(kernel=_launch_norm)
+@fused_op(kernel=kernel_of("norm_launch", "launch_norm"))
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise tokens [B, L, dim] over dim, then scale by 1 + `scale` and add `shift`."""
     normed, scale = by_segment(F.layer_norm(x, (x.shape[-1],), None, None, eps), scale)
@@ -67,14 +32,14 @@ def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, ep
     return (normed * (1 + scale) + shift).reshape(x.shape)
 
 
-@fused_op(kernel=_launch_gated_add)
+@fused_op(kernel=kernel_of("norm_launch", "launch_gated_add"))
 def gated_add(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Return `x` + `gate` · `branch`, tokens [B, L, dim]."""
     segments, gate = by_segment(branch, gate)
     return x + (gate * segments).reshape(x.shape)
 
 
-@fused_op(kernel=_launch_add_norm)
+@fused_op(kernel=kernel_of("norm_launch", "launch_add_norm"))
 def add_norm(
     x: torch.Tensor,
     branch: torch.Tensor,
@@ -112,7 +77,7 @@ def add_norm(
     return total, normed
 
 
-@fused_op(kernel=_launch_rms_norm)
+@fused_op(kernel=kernel_of("norm_launch", "launch_rms_norm"))
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise the last axis by its root mean square, statistics in fp32, and multiply by `weight` [dim]."""
     x_fp32 = x.float()
@@ -137,7 +102,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
-@fused_op(kernel=_launch_norm_rope)
+@fused_op()
 def norm_rope(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
 ) -> torch.Tensor:
@@ -154,7 +119,7 @@ def norm_rope(
     return rotate(split_heads(rms_norm(x, weight, eps), heads), cos, sin)
 
 
-@fused_op(kernel=_launch_projected_attention, mutates=("k_cache", "v_cache"))
+@fused_op(kernel=kernel_of("projected_launch", "launch_projected_attention"), mutates=("k_cache", "v_cache"))
 def projected_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -198,11 +163,7 @@ def projected_attention(
     return attended.transpose(1, 2).flatten(2)
 
 
-def _launch_segmented_attention(*args: object) -> torch.Tensor | None:
-    return None  # its body launches KVCacheAttention's kernel
-
-
-@fused_op(kernel=_launch_segmented_attention, mutates=("k_cache", "v_cache"))
+@fused_op(mutates=("k_cache", "v_cache"))
 def segmented_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -13,7 +13,7 @@ import contextvars
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -49,14 +49,23 @@ def register_fused_ops() -> None:
         importlib.import_module(f"causal_forcing.plugins.{name}")
 
 
+def kernel_of(module: str, function: str) -> Callable[..., Any]:
+    """Return a function of a module in `kernels`, imported when it is first called: Triton must not be needed before."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"causal_forcing.plugins.kernels.{module}"), function)(*args)
+
+    return launch
+
+
 def fused_op(
-    *, kernel: Callable[P, R | None], mutates: Iterable[str] = ()
+    *, kernel: Callable[..., Any] | None = None, mutates: Iterable[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a fused op of a plain-torch function; its name, types and body are the function's.
 
     Args:
-        kernel: Runs the op on CUDA tensors; None is returned for tensors that it does not take, and the body runs.
-            Called with all arguments by position. Imports Triton only when called.
+        kernel: Runs the op on CUDA tensors, called with all arguments by position; where it returns None the tensors
+            are not for it, and the body runs. None leaves the op to its body.
         mutates: Names of arguments that are changed in place. Neither they nor views of any argument are returned.
     """
 
@@ -64,7 +73,7 @@ def fused_op(
         op = torch.library.custom_op(f"{DOMAIN}::{body.__name__}", body, mutates_args=tuple(mutates))
 
         def run_on_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            result = kernel(*args, **kwargs)
+            result: R | None = None if kernel is None else kernel(*args, **kwargs)
             return body(*args, **kwargs) if result is None else result
 
         op.register_kernel("cuda", run_on_gpu)

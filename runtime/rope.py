@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from causal_forcing.runtime.upload import upload
+
 BASE = 10000.0
 
 
@@ -42,16 +44,17 @@ class RopePhases:
         row_angles = _angles(torch.arange(rows), row_dim)[:, None].expand(rows, columns, -1)
         column_angles = _angles(torch.arange(columns), column_dim)[None].expand(rows, columns, -1)
         spatial = torch.cat((row_angles, column_angles), dim=-1).reshape(1, rows * columns, -1)
-        self._time_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._time_parts: list[torch.Tensor] = []
         for target in (rope_cos, rope_sin):
             function = torch.cos if target is rope_cos else torch.sin
             per_frame = target.view(frames, rows * columns, -1)
             per_frame[..., self._time_dim // 2 :].copy_(function(spatial))
-            self._time_parts.append((per_frame[..., : self._time_dim // 2], target))
+            self._time_parts.append(per_frame[..., : self._time_dim // 2])
+        self._phases = torch.zeros((2, frames, self._time_dim // 2), dtype=rope_cos.dtype, device=rope_cos.device)
 
     def place(self, start_frame: int) -> None:
         """Write the phases of a chunk that starts at latent frame `start_frame` of the clip."""
-        angles = _angles(torch.arange(start_frame, start_frame + self._frames), self._time_dim)[:, None]
-        (cos_part, _), (sin_part, _) = self._time_parts
-        cos_part.copy_(torch.cos(angles))
-        sin_part.copy_(torch.sin(angles))
+        angles = _angles(torch.arange(start_frame, start_frame + self._frames), self._time_dim)
+        upload(self._phases, torch.stack((torch.cos(angles), torch.sin(angles))))
+        for part, phases in zip(self._time_parts, self._phases, strict=True):
+            part.copy_(phases[:, None])

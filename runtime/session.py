@@ -6,6 +6,7 @@ decode it, hand it out, and write its clean keys and values with the context pas
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -17,14 +18,12 @@ import numpy.typing as npt
 import torch
 
 from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
+from causal_forcing.runtime.denoiser import Denoiser
 from causal_forcing.runtime.encoder import WanEncoder
 from causal_forcing.runtime.errors import ImageError, PromptError, UsageError
-from causal_forcing.runtime.kv_cache import CacheRing
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.noise import NoiseSource, SeededNoise
 from causal_forcing.runtime.prompt_cache import PromptCache, prompt_key
-from causal_forcing.runtime.rope import RopePhases
-from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_variant, timestep_embedding
 from causal_forcing.runtime.text import Tokenizer, clean_prompt
 
 
@@ -42,11 +41,15 @@ class Chunk:
     """[B, F, C, h, w] fp32, denoised; a copy, the caller's to keep."""
     pixels: torch.Tensor
     """[B, T, 3, H, W] fp32 in [0, 1]; a copy, the caller's to keep."""
+    stream: torch.cuda.Stream | None = None
+    """Stream that decodes it, where that is not the current one; the current one goes on when it is done."""
 
     def frames(self, clip: int = 0) -> npt.NDArray[np.uint8]:
         """Return the frames of one clip of the batch, [T, H, W, 3] RGB; truncated to 8 bits as upstream does."""
-        frames = (self.pixels[clip] * 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return frames.contiguous().cpu().numpy()
+        # On the stream that decodes, so that it does not wait for the passes that follow on the current one.
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            frames = (self.pixels[clip] * 255).to(torch.uint8).permute(0, 2, 3, 1)
+            return frames.contiguous().cpu().numpy()
 
 
 class VideoSession:
@@ -65,27 +68,14 @@ class VideoSession:
         self._prompt_cache = prompt_cache
         self.prompt_source: str | None = None
         self._config = engines.manifest.config
-        geometry = self._config.geometry
-        self._io = io = engines.bind()
-        self._dit_step, self._dit_context = engines.engines["dit_step"], engines.engines["dit_context"]
-        self._plan = plan_variant(self._config.variant)
-        self._ring = CacheRing(geometry)
-        self._rope = RopePhases(
-            io["rope_cos"],
-            io["rope_sin"],
-            frames=geometry.chunk_frames,
-            rows=geometry.token_rows,
-            columns=geometry.token_columns,
-        )
-        latent = io["latent"]
-        self._latent = latent.float().clone()
-        self._workspace = latent.double()
-        self._host_noise = torch.zeros((self._plan.max_steps, *latent.shape), dtype=torch.float32)
-        self._noise = self._host_noise.to(engines.device)
+        self._io = engines.bind()
+        self._denoiser = Denoiser(engines, self._io)
         self._decoder = self._make_decoder()
         self._tokenizer: Tokenizer | None = None
         self._clip: object = None
-        self._write_modulation_tables()
+        self._decode_stream: torch.cuda.Stream | None = None
+        if engines.device.type == "cuda":  # above the passes in priority: frames that are ready leave first
+            self._decode_stream = torch.cuda.Stream(engines.device, priority=-1)  # type: ignore[no-untyped-call]
 
     def generate(
         self,
@@ -108,8 +98,9 @@ class VideoSession:
             noise: Where noise comes from, in place of the seed.
 
         Returns:
-            An iterator over the chunks. Each is decoded when it is asked for; its context pass runs when the next one
-            is asked for. Starting another clip ends this one.
+            An iterator over the chunks. Each is denoised and decoded when it is asked for. On a CPU its context pass
+            runs when the next one is asked for; a GPU runs it, and the next chunk's first denoising pass where they are
+            one, while the caller looks at the chunk. Starting another clip ends this one.
 
         Raises:
             PromptError: The prompt is empty, or the engines have no text encoder.
@@ -133,7 +124,8 @@ class VideoSession:
             initial_latents = self._encode_image(image)
         initial = self._split_initial(initial_latents)
         self._encode_prompt(prompt)
-        self._forget_clip()
+        self._decoder.reset()
+        self._denoiser.reset()
         self._clip = clip = object()
         return self._chunks(clip, initial, noise or SeededNoise(seed), total_blocks)
 
@@ -153,61 +145,44 @@ class VideoSession:
         self, clip: object, initial: list[torch.Tensor], noise: NoiseSource, total_blocks: int | None
     ) -> Iterator[Chunk]:
         self._check_current(clip)
-        plan, chunk_frames = self._plan, self._config.geometry.chunk_frames
         for index in itertools.count() if total_blocks is None else range(total_blocks):
-            self._place(index * chunk_frames)
-            if index < len(initial):
-                self._latent.copy_(initial[index])
-                context_index = plan.initial_index
+            start_frame, generated = index * self._config.geometry.chunk_frames, index - len(initial)
+            if generated < 0:
+                self._denoiser.take(start_frame, initial[index])
             else:
-                generated = index - len(initial)
-                self._denoise(generated, plan.chunk if generated else plan.first_chunk, noise)
-                context_index = plan.context_index
-            self._io["latent"].copy_(self._latent)
-            yield self._hand_out(index)
-            self._check_current(clip)
-            self._write_context(context_index)
+                self._denoiser.denoise(start_frame, generated, noise)
+            chunk = self._hand_out(index)
+            following = generated + 1 if generated >= -1 else None
+            is_last = index + 1 == total_blocks
+            if self._decode_stream is None:
+                yield chunk
+                self._check_current(clip)
+            if not is_last:
+                self._denoiser.write_context(start_frame, following, noise, is_initial=generated < 0)
+            if self._decode_stream is not None:
+                torch.cuda.current_stream(self._engines.device).wait_stream(self._decode_stream)
+                yield chunk
+                self._check_current(clip)
 
     def _check_current(self, clip: object) -> None:
         if self.__dict__.get("_clip") is not clip:
             raise UsageError("this clip has ended: its session was closed or started another")
 
-    def _forget_clip(self) -> None:
-        """Make ready for a new clip: no frame, and no NaN, of the one before may stay in a cache."""
-        self._decoder.reset()
-        for _, cache in self._dit_step.spec.states:
-            self._io[cache].zero_()
-
-    @torch.inference_mode()
-    def _denoise(self, chunk_index: int, steps: tuple[DenoisingStep, ...], noise: NoiseSource) -> None:
-        """Denoise a chunk from noise into `self._latent`."""
-        noise.fill(chunk_index, self._host_noise)
-        self._noise.copy_(self._host_noise)
-        self._latent.copy_(self._noise[0])
-        for pass_index, step in enumerate(steps, start=1):
-            self._io["latent"].copy_(self._latent)
-            self._io["layer_modulation"].copy_(self._layer_table[step.table_index])
-            self._io["head_modulation"].copy_(self._head_table[step.table_index])
-            self._dit_step.enqueue()
-            flow_to_x0_(self._latent, self._io["flow"], step.sigma, self._workspace)
-            if step.next_sigma is not None:
-                add_noise_(self._latent, self._noise[pass_index], step.next_sigma)
-
-    def _place(self, start_frame: int) -> None:
-        """Tell the engines where in the clip and where in the cache the next chunk lies."""
-        self._io["slots"].copy_(torch.tensor(self._ring.slots(start_frame), dtype=torch.int32))
-        self._io["valid_slots"].fill_(self._ring.valid_slots(start_frame))
-        self._rope.place(start_frame)
-
     @torch.no_grad()  # not inference_mode, whose tensors a caller could not change
     def _hand_out(self, index: int) -> Chunk:
-        pixels = self._decoder.decode().float().clamp(-1, 1).mul(0.5).add(0.5)
-        return Chunk(index=index, latents=self._latent.clone(), pixels=pixels)
+        """Decode the chunk; on a GPU by a stream of its own, which the caller's does not wait for here."""
+        latents, stream = self._denoiser.latent.clone(), self._decode_stream
+        if stream is None:
+            return Chunk(index=index, latents=latents, pixels=self._decode())
+        caller = torch.cuda.current_stream(self._engines.device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            pixels = self._decode()
+            pixels.record_stream(caller)
+        return Chunk(index=index, latents=latents, pixels=pixels, stream=stream)
 
-    def _write_context(self, table_index: int) -> None:
-        """Leave the clean chunk's keys and values in the cache, for the chunks to come."""
-        self._io["layer_modulation"].copy_(self._layer_table[table_index])
-        self._dit_context.enqueue()
+    def _decode(self) -> torch.Tensor:
+        return self._decoder.decode().float().clamp(-1, 1).mul(0.5).add(0.5)
 
     def _encode_prompt(self, prompt: str | torch.Tensor) -> None:
         embeds = self._io["prompt_embeds"]
@@ -264,7 +239,7 @@ class VideoSession:
     def _split_initial(self, initial_latents: torch.Tensor | None) -> list[torch.Tensor]:
         if initial_latents is None:
             return []
-        chunk = self._latent.shape
+        chunk = self._denoiser.latent.shape
         # Everything but the number of frames must agree.
         others = [axis for axis in range(5) if axis != 1]
         if (
@@ -284,11 +259,3 @@ class VideoSession:
         if "vae_decoder" not in engines:
             return NoDecoder(self._io["latent"])
         return WanDecoder(engines["vae_decoder_first"], engines["vae_decoder"], self._io)
-
-    def _write_modulation_tables(self) -> None:
-        """Compute the modulation of every timestep of the schedule; it never changes again."""
-        target = self._io["timestep_embedding"]
-        target.copy_(timestep_embedding(torch.tensor(self._plan.timesteps), target.shape[1]))
-        self._engines.engines["timestep_modulation"].enqueue()
-        self._layer_table = self._io["layer_modulation_table"]
-        self._head_table = self._io["head_modulation_table"]

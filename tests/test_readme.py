@@ -171,7 +171,7 @@ def test_decoder_table_names_every_decoder_and_its_file() -> None:
 
 def test_network_table_names_every_network() -> None:
     names = [name for row in _table("network") for name in re.findall(r"`(\w+)`", row[0])]
-    assert sorted(names) == sorted(network_names(find_variant("tiny-i2v")))
+    assert sorted(names) == sorted(network_names(find_variant("tiny-i2v"), with_pair=True))
 
 
 def test_glossary_names_exist() -> None:

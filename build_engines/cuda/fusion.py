@@ -31,7 +31,7 @@ def fuse(graph: fx.Graph, constants: Constants) -> None:
 
 def merge_linears(graph: fx.Graph, constants: Constants) -> None:
     """Multiply by the weights of all linear layers of one input at once: queries, keys and values in one product."""
-    groups: dict[fx.Node, list[fx.Node]] = {}
+    groups: dict[Any, list[Any]] = {}
     for node in graph.nodes:
         if node.target is aten.linear.default and all(part.name in constants for part in node.args[1:]):
             groups.setdefault(node.args[0], []).append(node)
@@ -39,7 +39,7 @@ def merge_linears(graph: fx.Graph, constants: Constants) -> None:
         if len(linears) < 2 or any(len(linear.args) != 3 for linear in linears):
             continue
         weight, bias = (
-            _constant(graph, constants, sum((constants[linear.args[index].name] for linear in linears), ()))
+            _constant(graph, constants, [part for linear in linears for part in constants[linear.args[index].name]])
             for index in (1, 2)
         )
         widths = [linear.meta["val"].shape[-1] for linear in linears]
@@ -82,8 +82,10 @@ def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
         with graph.inserting_before(node):
             merged = graph.call_function(
                 ours.projected_attention.default,
-                (q_source, k_source, values, q_weight, k_weight, cos, sin)
-                + (k_cache, v_cache, slots, valid_slots, heads, eps, scale),
+                (
+                    *(q_source, k_source, values, q_weight, k_weight, cos, sin),
+                    *(k_cache, v_cache, slots, valid_slots, heads, eps, scale),
+                ),
             )
             split = graph.call_function(aten.view.default, (merged, [batch, tokens, heads, depth]))
             by_head = graph.call_function(aten.transpose.int, (split, 1, 2))
@@ -95,6 +97,7 @@ def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
 def fuse_norms(graph: fx.Graph, constants: Constants) -> None:
     """A residual sum and the norm behind it become one op; the sum stays in use."""
     for node in list(graph.nodes):
+        total: Any
         if node.target is ours.modulated_norm.default:
             total, shift, scale, eps = node.args
             weight = bias = None
@@ -133,15 +136,15 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...])
     graph.erase_node(node)
 
 
-def _constant(graph: fx.Graph, constants: Constants, parts: tuple[torch.Tensor, ...]) -> fx.Node:
+def _constant(graph: fx.Graph, constants: Constants, parts: list[torch.Tensor]) -> fx.Node:
     """Add a placeholder for the concatenation of tensors."""
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.placeholder(f"merged_{len(constants)}")
-    constants[node.name] = parts
+    constants[node.name] = tuple(parts)
     return node
 
 
-def _before_heads(values: fx.Node) -> fx.Node | None:
+def _before_heads(values: Any) -> fx.Node | None:
     """Return what was split into heads: [B, L, N·D] of values [B, N, L, D]."""
     if values.target is not aten.transpose.int or values.args[1:] != (1, 2):
         return None

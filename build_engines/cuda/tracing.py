@@ -33,7 +33,8 @@ def write_tape(network: Network, weights: WeightFile) -> Tape:
     """
     with keep_fused_ops():
         program = export_program(network)
-    graph, signature = program.graph, program.graph_signature
+    graph: Any = program.graph
+    signature = program.graph_signature
     lifted = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -61,7 +62,7 @@ def write_tape(network: Network, weights: WeightFile) -> Tape:
     )
 
 
-def _calls(graph: fx.Graph) -> list[Call]:
+def _calls(graph: Any) -> list[Call]:
     calls = []
     for node in graph.nodes:
         if node.op != "call_function" or _is_getitem(node) or node.target is _ASSERTION:

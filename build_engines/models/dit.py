@@ -321,5 +321,61 @@ class DiTContext(nn.Module):
         return (*caches_out, *written)
 
 
+class DiTContextStep(nn.Module):
+    """The context pass of a chunk and the first denoising pass of the next one, as one pass of two segments.
+
+    Exact: in every layer the noisy segment attends to the clean segment's keys, which the same pass has just written,
+    and the clean one does not see the noisy one's slots. The clean segment ends with the last layer's attention.
+    """
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        next_latent: torch.Tensor,
+        layer_modulation: torch.Tensor,
+        head_modulation: torch.Tensor,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        slots: torch.Tensor,
+        valid_slots: torch.Tensor,
+        *cross_and_caches: torch.Tensor,
+    ) -> Tensors:
+        """Run the pass.
+
+        Args:
+            latent: [1, F, C, h, w], the clean chunk.
+            next_latent: [1, F, C, h, w], the noisy chunk.
+            layer_modulation: [layers, 2, 6, dim], of the context's timestep and of the noisy chunk's.
+            head_modulation: [2, dim], of the noisy chunk's timestep.
+            rope_cos: [2·L, D/2] fp32, of both chunks.
+            rope_sin: [2·L, D/2] fp32.
+            slots: [2·F] int32, first cache slot of each frame.
+            valid_slots: [2] int32, slots that each chunk attends to.
+            *cross_and_caches: As in `DiTStep`.
+
+        Returns:
+            Flow of the noisy chunk [1, F, C, h, w], then the caches in their order.
+        """
+        layers = self.dit.layers
+        cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
+        x = self.dit.embed(torch.cat((latent, next_latent), dim=1))
+        caches_out: list[torch.Tensor] = []
+        for index, layer in enumerate(layers):
+            modulation = layer_modulation[index]
+            attention, *written = layer.attend_self(
+                x, modulation, (rope_cos, rope_sin), caches[index], slots, valid_slots
+            )
+            if layer is layers[-1]:
+                noisy = x.shape[1] // 2
+                x, attention, modulation = x[:, noisy:], attention[:, :, noisy:], modulation[1]
+            x = layer.finish(x, attention, modulation, cross[index])
+            caches_out += written
+        return (self.dit.unpatchify(self.dit.head(x, head_modulation), next_latent), *caches_out)
+
+
 def _pairs(tensors: Tensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(tensors[0::2], tensors[1::2], strict=True))

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CausalDiT, Layer, TimestepModulation, rotate
+from causal_forcing.build_engines.models.dit import CausalDiT, Layer, TimestepModulation
+from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.runtime.rope import BASE, axis_dims
 from causal_forcing.runtime.schedule import timestep_embedding
 
@@ -92,7 +93,7 @@ class TeacherForcing(nn.Module):
             own = k.split(chunk_frames * tokens, dim=2), v.split(chunk_frames * tokens, dim=2)
             x = self._after(layer, x, attend(q, *own, clean), rows, text)
         shift, scale = head.unbind(2)
-        patches = self.dit.head.head(modulate(self.dit.head.norm(x), shift, scale))
+        patches = self.dit.head.head(modulate(normalise(x, self.dit.head.eps), shift, scale))
         return self.dit.unpatchify(patches, noisy)
 
     def _enter(
@@ -115,9 +116,14 @@ def before_attention(
     layer: Layer, x: torch.Tensor, modulation: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries and keys with their phases, and values, each [B, N, F·L, D], for x [B, F·L, dim]."""
-    normed = modulate(layer.norm1(x), modulation[:, :, 0], modulation[:, :, 1])
+    normed = modulate(normalise(x, layer.eps), modulation[:, :, 0], modulation[:, :, 1])
     q, (k, v) = layer.self_attn.queries(normed), layer.self_attn.keys_values(normed)
     return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+
+
+def normalise(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise tokens over their last axis."""
+    return F.layer_norm(x, (x.shape[-1],), eps=eps)
 
 
 def attend(
@@ -142,7 +148,7 @@ def after_attention(
     queries = layer.cross_attn.queries(layer.norm3(x)).to(v.dtype)
     attended = F.scaled_dot_product_attention(queries, k.to(v.dtype), v)
     x = x + layer.cross_attn.o(layer.cross_attn.merge_heads(attended))
-    return x + _gated(layer.ffn(modulate(layer.norm2(x), shift, scale)), gate_ffn)
+    return x + _gated(layer.ffn(modulate(normalise(x, layer.eps), shift, scale)), gate_ffn)
 
 
 def rope_phases(positions: torch.Tensor, rows: int, columns: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

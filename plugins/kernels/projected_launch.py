@@ -34,8 +34,14 @@ def launch_projected_attention(
     keys = torch.empty_like(queries)
     place_projections(q, k, v, q_weight, k_weight, cos, sin, queries, keys.transpose(1, 2), None, slots=None, eps=eps)
     attended = segmented_attention(
-        *(queries.transpose(1, 2), keys.transpose(1, 2), split_heads(v, heads)),
-        *(k_cache, v_cache, slots, valid_slots, scale),
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        split_heads(v, heads),
+        k_cache,
+        v_cache,
+        slots,
+        valid_slots,
+        scale,
     )
     return attended.transpose(1, 2).reshape(batch, tokens, dim)
 
