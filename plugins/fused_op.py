@@ -22,7 +22,7 @@ from causal_forcing.plugins.contract import DOMAIN
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MODULES = ("dit_ops", "linear_ops")
+_MODULES = ("dit_ops", "fp8_ops", "linear_ops")
 """Modules of this package that define fused ops."""
 
 _keeping = contextvars.ContextVar("keeping", default=False)
@@ -50,7 +50,7 @@ def register_fused_ops() -> None:
 
 
 def kernel_of(module: str, function: str) -> Callable[..., Any]:
-    """Return a function of a module in `kernels`, imported when it is first called: Triton must not be needed before."""
+    """Return a function of a module in `kernels`, imported at its first call: Triton is not needed before."""
 
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"causal_forcing.plugins.kernels.{module}"), function)(*args)

@@ -96,7 +96,7 @@ BACKENDS = {
             name="cuda",
             module="triton",
             distributions=("triton",),
-            precisions=("bf16", "fp16"),
+            precisions=("bf16", "fp16", "fp8"),
             runs_on=("cuda",),
             builds_without_gpu=False,
         ),

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from causal_forcing.build_engines.cuda.constants import Constants, add_constant
+from causal_forcing.build_engines.cuda.fp8_fusion import fuse_quantize, split_fp8_linears
 from causal_forcing.plugins import dit_ops, linear_ops  # noqa: F401  # registers the ops
 
 aten = torch.ops.aten
 ours = torch.ops.causal_forcing
 
-Constants = dict[str, tuple[torch.Tensor, ...]]
-"""Placeholder name to the tensors whose concatenation it stands for."""
-
 
 def fuse(graph: fx.Graph, constants: Constants) -> None:
     """Apply all rewrites, in place."""
-    for rewrite in (merge_linears, fuse_gelu, fuse_attention, fuse_norms):
+    for rewrite in (split_fp8_linears, merge_linears, fuse_gelu, fuse_attention, fuse_norms, fuse_quantize):
         rewrite(graph, constants)
     graph.eliminate_dead_code()
     graph.lint()
@@ -39,7 +38,7 @@ def merge_linears(graph: fx.Graph, constants: Constants) -> None:
         if len(linears) < 2 or any(len(linear.args) != 3 for linear in linears):
             continue
         weight, bias = (
-            _constant(graph, constants, [part for linear in linears for part in constants[linear.args[index].name]])
+            add_constant(graph, constants, [part for linear in linears for part in constants[linear.args[index].name]])
             for index in (1, 2)
         )
         widths = [linear.meta["val"].shape[-1] for linear in linears]
@@ -109,7 +108,7 @@ def fuse_norms(graph: fx.Graph, constants: Constants) -> None:
         if total.target is ours.gated_add.default:
             x, branch, gate = total.args
         elif total.target is aten.add.Tensor and _same_shape(*total.args[:2]) and not total.kwargs:
-            x, branch, gate = *total.args, None
+            (x, branch), gate = total.args, None
         else:
             continue
         if any(user is not node and user < node for user in total.users):
@@ -134,14 +133,6 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...])
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-
-def _constant(graph: fx.Graph, constants: Constants, parts: list[torch.Tensor]) -> fx.Node:
-    """Add a placeholder for the concatenation of tensors."""
-    with graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder(f"merged_{len(constants)}")
-    constants[node.name] = tuple(parts)
-    return node
 
 
 def _before_heads(values: Any) -> fx.Node | None:

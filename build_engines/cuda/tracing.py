@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from causal_forcing.build_engines.cuda.fusion import Constants, fuse
+from causal_forcing.build_engines.cuda.constants import Constants
+from causal_forcing.build_engines.cuda.fusion import fuse
 from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.export import export_program
 from causal_forcing.build_engines.networks import Network

@@ -30,6 +30,38 @@ def launch_add_norm(
     return run_add_norm(x, branch, gate, weight=weight, bias=bias, shift=shift, scale=scale, eps=eps)
 
 
+def launch_add_norm_quantize(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    multiplier: torch.Tensor | None,
+    quantised_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `fp8_ops.add_norm_quantize`."""
+    return run_add_norm(
+        x,
+        branch,
+        gate,
+        weight=weight,
+        bias=bias,
+        shift=shift,
+        scale=scale,
+        eps=eps,
+        multiplier=multiplier,
+        quantised_scale=quantised_scale,
+    )
+
+
+def launch_gelu_quantize(x: torch.Tensor, multiplier: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Run `fp8_ops.gelu_quantize`."""
+    return run_quantize(x, multiplier, scale, gelu=True)
+
+
 def launch_gated_add(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Run `dit_ops.gated_add`."""
     return run_add_norm(x, branch, gate, norm="none")[0]
