@@ -1,7 +1,9 @@
-"""Attention over a cache of keys and values for sm_90a: wgmma, TMA and one producer warp, in Triton's Gluon dialect.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Attention to a cache of keys and values for sm_90a: wgmma, TMA and warps of their own for it, in Triton's Gluon.
 
-A program is two warpgroups of consumers, each with 64 queries of the same head, and a warp that loads keys and values
-for both. While one consumer's products run, the other's softmax does: they take turns to issue.
+A program is two warpgroups of consumers, each with 64 queries of one head, and a warp that loads keys and values for
+both. A consumer starts the next block's scores and this block's product with the values together, and computes the
+softmax of the scores while the product runs. `hopper_schedule` says what a program works on.
 """
 
 from __future__ import annotations
@@ -18,125 +20,107 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from causal_forcing.plugins.kernels.hopper_schedule import (
     count_blocks,
-    count_parts,
+    count_rounds,
     find_part,
-    tile_of,
+    measure,
+    plan_program,
+    run_start,
     units_before,
 )
 
-load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-"""Called so from Triton 3.7 on."""
-
 SIZES = ("segment_tokens", "row_tiles", "heads", "q_head_row", "q_head_column", "cache_slots", "value_rows", "programs")
 """Parameters whose values change nothing in the code."""
-
 D = gl.constexpr(128)
 ROWS = gl.constexpr(64)
-"""Queries of one consumer: the rows of one wgmma."""
+"""Queries of a consumer: the rows of one wgmma."""
 KEYS = gl.constexpr(128)
-PACK_E4M3 = gl.constexpr(
-    """{
-    .reg .b16 low, high;
-    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-    mov.b32 $0, {low, high};
-    }"""
-)
-"""Four floats to one register. Triton's own conversion packs two, and then takes them apart again."""
+"""Keys of a block."""
 P_SHIFT = gl.constexpr(8.0)
-"""Weights become e4m3 times 2^8, so that the largest is 256 and the smallest that counts 2^-18 of it."""
+"""Weights become e4m3 times 2^8, so that the largest is 256, and the smallest that counts 2^-18 of it."""
+PACK_E4M3 = gl.constexpr(
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;"
+    " mov.b32 $0, {low, high}; }"
+)
+"""Four floats to one register. What Triton makes of its own cast takes 3 times the instructions."""
 
-
-POLYNOMIALS = {
-    2: ("0f04800E87", "0f0434152D", "0f03742665"),
-    3: ("0f047FFB49", "0f0431798E", "0f03786F0E", "0f0261FB83"),
-}
-"""2^(f - 118) for f in [-0.5, 0.5], off by 1.7e-3 and 7.5e-5 of it at most: coefficients from the constant one on."""
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+"""The name changed after Triton 3.6."""
 
 
 @gluon.constexpr_function
 def result_layout(bits):
-    """Return how four warps hold the result of a product of 64 rows whose operands have so many bits."""
+    """Return how four warps hold the result of a wgmma of 64 rows and 128 columns of operands of so many bits."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 256 // bits])
 
 
-@gluon.constexpr_function
-def exp2_assembly(emulated, degree):
-    """Return what computes 2^(s·factor - shift) of 4 elements, `emulated` of them without the special function unit.
-
-    Operands: 4 results, 4 each of s, -shift, (118 - shift)/128, factor and factor/128.
-    """
-    lines = ["{", ".reg .f32 x, t, n, f, p;", ".reg .b32 i, j;"]
-    for i in range(4):
-        s, minus, offset, factor, part = (f"${4 * k + i}" for k in range(1, 6))
-        if i < 4 - emulated:
-            lines += [f"fma.rn.ftz.f32 x, {s}, {factor}, {minus};", f"ex2.approx.ftz.f32 ${i}, x;"]
-            continue
-        lines += [
-            f"fma.rn.ftz.sat.f32 x, {s}, {part}, {offset};",
-            "fma.rn.ftz.f32 t, x, 0f43000000, 0f4B400000;",
-            "sub.rn.ftz.f32 n, 0f4B400000, t;",
-            "fma.rn.ftz.f32 f, x, 0f43000000, n;",
-        ]
-        coefficients = POLYNOMIALS[degree]
-        lines.append(f"fma.rn.ftz.f32 p, f, {coefficients[-1]}, {coefficients[-2]};")
-        lines += [f"fma.rn.ftz.f32 p, p, f, {c};" for c in reversed(coefficients[:-2])]
-        lines += ["mov.b32 i, t;", "mov.b32 j, p;", "shl.b32 i, i, 23;", "add.s32 j, i, j;", f"mov.b32 ${i}, j;"]
-    return " ".join([*lines, "}"])
+@gluon.jit
+def sum_own(p):
+    """Sum along rows what each thread holds itself: [M, N] becomes [M, 4], a sum for each of the 4 threads of a row."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def exp2_shifted(s, factor, shift, EMULATED: gl.constexpr, DEGREE: gl.constexpr):
-    """Compute 2^(s·factor - shift), at least 2^-118, for a shift a row."""
-    if EMULATED == 0:
-        return gl.exp2(s * factor - shift[:, None])
+def round_weights(p, dtype: gl.constexpr, FP8: gl.constexpr):
+    """Round weights; for e4m3, pack the 4 of every 16 columns that a thread holds into an int32."""
+    if FP8:
+        even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]))
+        even_0, even_1 = gl.split(even)
+        odd_0, odd_1 = gl.split(odd)
+        weights = [even_0, odd_0, even_1, odd_1]
+        return gl.inline_asm_elementwise(PACK_E4M3, "=r,r,r,r,r", weights, dtype=gl.int32, is_pure=True, pack=1)
     else:
-        assembly: gl.constexpr = exp2_assembly(EMULATED, DEGREE)
-        return gl.inline_asm_elementwise(
-            assembly,
-            "=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
-            [s, (-shift)[:, None], (118.0 / 128 - shift * (1.0 / 128))[:, None], factor, factor * (1.0 / 128)],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=4,
-        )
+        return p.to(dtype)
 
 
 @gluon.jit
-def load_tiles(
-    q_desc,
-    k_desc,
-    v_desc,
-    buffers,
-    barriers,
-    plan,
-    geometry,
-    STAGES: gl.constexpr,
-    FP8: gl.constexpr,
-):
-    """Load queries once a part, then keys and values block by block, last block first."""
-    program, programs, tiles, segment_tiles, first_blocks, second_blocks = plan
-    segments, segment_tokens, row_tiles, q_head_row, q_head_column, cache_slots, value_rows = geometry
+def as_operand(p, layout: gl.constexpr, FP8: gl.constexpr):
+    """Make rounded weights an operand of the next product, without moving any between threads.
+
+    For e4m3 a thread holds 4 columns in a row of an operand but 2 and 2 of a result: so the columns are permuted, as
+    are those of the values (`hopper_launch.split_v`). All of this becomes no instruction: kept packed, the weights are
+    carried through the loop as they are multiplied.
+    """
+    if FP8:
+        low = gl.join(p.to(gl.int8), (p >> 8).to(gl.int8))
+        high = gl.join((p >> 16).to(gl.int8), (p >> 24).to(gl.int8))
+        columns = gl.join(low, high).permute([0, 1, 2, 4, 3]).reshape([p.shape[0], p.shape[1] * 16])
+        return gl.convert_layout(columns.to(gl.float8e4nv, bitcast=True), layout)
+    else:
+        return gl.convert_layout(p, layout)
+
+
+@gluon.jit
+def start_product(p, v_smem, stage, acc, FP8: gl.constexpr):
+    """Start weights times values; added to acc, but for e4m3, whose products the tensor cores add up too coarsely."""
+    layout: gl.constexpr = acc.type.layout
+    if FP8:
+        p = as_operand(p, gl.DotOperandLayout(0, layout, k_width=4), FP8)
+        v = v_smem.index(stage).permute((1, 0))
+        return warpgroup_mma(p, v, gl.zeros_like(acc), use_acc=False, is_async=True)
+    else:
+        p = as_operand(p, gl.DotOperandLayout(0, layout, k_width=2), FP8)
+        return warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def load_tiles(q_desc, k_desc, v_desc, buffers, barriers, plan, sizes, geometry, places, STAGES: gl.constexpr):
+    """Load the queries of each part, and then its keys and values block by block, the last one first."""
     q_smem, k_smem, v_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    segments, segment_tokens, row_tiles, cache_slots = geometry
+    q_head_row, q_head_column, value_rows, value_columns = places
+    segment_tiles, _tiles, _first_blocks, _second_blocks = sizes
+    _program, _programs, _rounds, _start, _end, parts = plan
     index = 0
-    parts = count_parts(program, programs, tiles, segment_tiles, first_blocks, second_blocks)
     for part in range(parts):
-        tile, first, last, _blocks = find_part(
-            part, program, programs, tiles, segment_tiles, first_blocks, second_blocks
-        )
-        segment = segments - 1 - tile // segment_tiles
+        tile, first, last, _blocks = find_part(part, plan, sizes)
         head = tile % segment_tiles // row_tiles
-        row = segment * segment_tokens + tile % row_tiles * (2 * ROWS)
+        row = (segments - 1 - tile // segment_tiles) * segment_tokens + tile % row_tiles * (2 * ROWS)
         for consumer in gl.static_range(2):
             mbarrier.wait(q_empty.index(consumer), (part & 1) ^ 1)
             mbarrier.expect(q_full.index(consumer), q_desc.block_type.nbytes)
-            load_async(
-                q_desc,
-                [head * q_head_row + row + consumer * ROWS, head * q_head_column],
-                q_full.index(consumer),
-                q_smem.index(consumer),
-            )
+            place = [head * q_head_row + row + consumer * ROWS, head * q_head_column]
+            load_async(q_desc, place, q_full.index(consumer), q_smem.index(consumer))
         for step in range(last - first):
             key = (last - 1 - step) * KEYS
             stage = index % STAGES
@@ -146,49 +130,102 @@ def load_tiles(
             load_async(k_desc, [head * cache_slots + key, 0], k_full.index(stage), k_smem.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            if FP8:
-                value = [head * value_rows, key]
-            else:
-                value = [head * value_rows + key, 0]
-            load_async(v_desc, value, v_full.index(stage), v_smem.index(stage))
+            place = [head * value_rows + key * (1 - value_columns), key * value_columns]
+            load_async(v_desc, place, v_full.index(stage), v_smem.index(stage))
             index += 1
 
 
 @gluon.jit
-def sum_own(p):
-    """Sum along rows what each thread holds itself: [M, N] becomes [M, 4], the sums of the 4 threads of a row."""
-    parts = p.reshape([p.shape[0], p.shape[1] // 8, 4, 2])
-    return gl.sum(gl.sum(parts, 3), 1)
+def attend_blocks(
+    q, buffers, barriers, index, steps, last_key, valid, factor, q_empty, STAGES: gl.constexpr, FP8: gl.constexpr
+):
+    """Attend 64 queries to blocks of keys; return their weighted values, largest logits and sums of weights.
 
-
-@gluon.jit
-def pack_weights(p, FP8: gl.constexpr, dtype: gl.constexpr):
-    """Round weights, and for e4m3 pack the 4 of each group of 16 columns that a thread holds into an int32."""
-    if FP8:
-        even, odd = gl.split(p.reshape([p.shape[0], p.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]))
-        low_even, high_even = gl.split(even)
-        low_odd, high_odd = gl.split(odd)
-        return gl.inline_asm_elementwise(
-            PACK_E4M3, "=r,r,r,r,r", [low_even, low_odd, high_even, high_odd], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return p.to(dtype)
-
-
-@gluon.jit
-def as_operand(p, FP8: gl.constexpr, layout: gl.constexpr):
-    """Make packed weights an operand of the next product without moving any between threads.
-
-    For e4m3 an operand's thread holds 4 columns in a row where a result's holds 2 and 2, so the columns are permuted in
-    groups of 16; the values' columns are stored permuted likewise.
+    Logits are in powers of 2; weights are relative to the largest, and shifted for e4m3.
     """
+    _q_smem, k_smem, v_smem = buffers
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    layout: gl.constexpr = result_layout(q.dtype.primitive_bitwidth)
+    nothing = gl.zeros([ROWS, D], gl.float32, layout)
+    shift: gl.constexpr = P_SHIFT if FP8 else 0.0
+    stage = index % STAGES
+    mbarrier.wait(k_full.index(stage), (index // STAGES) & 1)
+    s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(stage))
+    key = last_key + gl.arange(0, KEYS, gl.SliceLayout(0, layout))
+    s = gl.where((key < valid)[None, :], s, float("-inf"))
+    top = gl.max(s, 1)
+    weights = gl.exp2(s * factor - (top * factor - shift)[:, None])
+    total = sum_own(weights)
+    p = round_weights(weights, q.dtype, FP8)
+    acc = nothing
+    decay = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, layout))
+
+    next_stage = (index + 1) % STAGES
+    mbarrier.wait(k_full.index(next_stage), ((index + 1) // STAGES) & 1, pred=steps > 1)
+    for step in range(1, steps):
+        s = warpgroup_mma(q, k_smem.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
+        product = start_product(p, v_smem, stage, acc, FP8)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(next_stage))
+        new_top = gl.maximum(top, gl.max(s, 1))
+        new_decay = gl.exp2((top - new_top) * factor)
+        top = new_top
+        weights = gl.exp2(s * factor - (top * factor - shift)[:, None])
+        total = total * gl.convert_layout(new_decay, gl.SliceLayout(1, total.type.layout))[:, None] + sum_own(weights)
+        # To wait here for the next step's keys keeps ptxas from waiting for the product before all of the above.
+        later_stage = (index + 2) % STAGES
+        mbarrier.wait(k_full.index(later_stage), ((index + 2) // STAGES) & 1, pred=step + 1 < steps)
+        product, weights = warpgroup_mma_wait(0, deps=[product, weights])
+        mbarrier.arrive(v_empty.index(stage))
+        if FP8:
+            acc = acc * decay[:, None] + product
+            decay = new_decay
+        else:
+            acc = product * new_decay[:, None]
+        p = round_weights(weights, q.dtype, FP8)
+        index += 1
+        stage = next_stage
+        next_stage = later_stage
+
+    mbarrier.arrive(q_empty)
+    mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
+    product = warpgroup_mma_wait(0, deps=[start_product(p, v_smem, stage, acc, FP8)])
+    mbarrier.arrive(v_empty.index(stage))
     if FP8:
-        low = gl.join((p & 255).to(gl.int8), ((p >> 8) & 255).to(gl.int8))
-        high = gl.join(((p >> 16) & 255).to(gl.int8), ((p >> 24) & 255).to(gl.int8))
-        joined = gl.join(low, high).permute([0, 1, 2, 4, 3]).reshape([p.shape[0], p.shape[1] * 16])
-        return gl.convert_layout(joined.to(gl.float8e4nv, bitcast=True), layout)
-    else:
-        return gl.convert_layout(p, layout)
+        product = acc * decay[:, None] + product
+    return product, top * factor, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def skip_blocks(barriers, index, steps, q_empty, STAGES: gl.constexpr):
+    """Let go of blocks as they come: there are no queries to attend to them."""
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    mbarrier.arrive(q_empty)
+    for _step in range(steps):
+        stage = index % STAGES
+        phase = (index // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_empty.index(stage))
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage))
+        index += 1
+
+
+@gluon.jit
+def store_rows(
+    acc, total, token, segment, head, segment_tokens, out_ptr, out_head, out_row, value_scales_ptr, FP8: gl.constexpr
+):
+    """Divide by the sums of weights, apply the scale of the values and store those rows that exist."""
+    inverse = 1.0 / total
+    if FP8:
+        inverse = inverse * gl.load(value_scales_ptr + head)
+    layout: gl.constexpr = acc.type.layout
+    row = (segment * segment_tokens + token).to(gl.int64) * out_row + head.to(gl.int64) * out_head
+    place = out_ptr + row[:, None] + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    gl.store(place, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=(token < segment_tokens)[:, None])
 
 
 @gluon.jit
@@ -196,137 +233,68 @@ def consume_tiles(
     buffers,
     barriers,
     plan,
+    sizes,
     geometry,
     outputs,
     valid_ptr,
     consumer: gl.constexpr,
     STAGES: gl.constexpr,
     FP8: gl.constexpr,
-    TURNS: gl.constexpr,
-    EMULATED: gl.constexpr,
 ):
-    """Attend 64 queries a part to the part's keys; a whole tile ends in out, a piece of one in the workspace."""
-    program, programs, tiles, segment_tiles, first_blocks, second_blocks = plan
-    segments, segment_tokens, row_tiles, _q_head_row, _q_head_column, cache_slots, _value_rows = geometry
-    out_ptr, out_head, out_row, workspace_ptr, statistics_ptr, factors_ptr, value_scales_ptr, scale = outputs
-    q_smem, k_smem, v_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
-    dtype: gl.constexpr = q_smem.dtype
-    layout: gl.constexpr = result_layout(dtype.primitive_bitwidth)
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, k_width=32 // dtype.primitive_bitwidth)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    columns = gl.arange(0, KEYS, gl.SliceLayout(0, layout))
-    nothing = gl.zeros([ROWS, D], gl.float32, layout)
-    q = q_smem.index(consumer)
-
+    """Attend 64 queries of each part: whole tiles end in out, pieces of tiles in the workspace."""
+    q_smem, _k_smem, _v_smem = buffers
+    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = barriers
+    segments, segment_tokens, row_tiles, cache_slots = geometry
+    out_ptr, out_head, out_row, pieces_ptr, statistics_ptr, scale, factors_ptr, value_scales_ptr = outputs
+    segment_tiles, _tiles, _first_blocks, _second_blocks = sizes
+    program, _programs, _rounds, _start, _end, parts = plan
+    layout: gl.constexpr = result_layout(q_smem.dtype.primitive_bitwidth)
+    lane = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     index = 0
-    turn = 0
-    parts = count_parts(program, programs, tiles, segment_tiles, first_blocks, second_blocks)
     for part in range(parts):
-        tile, first, last, blocks = find_part(
-            part, program, programs, tiles, segment_tiles, first_blocks, second_blocks
-        )
+        tile, first, last, blocks = find_part(part, plan, sizes)
         segment = segments - 1 - tile // segment_tiles
         head = tile % segment_tiles // row_tiles
-        valid, _ = count_blocks(valid_ptr, segment, cache_slots, KEYS)
-        if FP8:
-            factor = gl.load(factors_ptr + head)
-        else:
-            factor = scale
-
+        row = tile % row_tiles * (2 * ROWS) + consumer * ROWS
         mbarrier.wait(q_full.index(consumer), part & 1)
-        stage = index % STAGES
-        mbarrier.wait(k_full.index(stage), (index // STAGES) & 1)
-        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(stage))
-        s = gl.where((columns + (last - 1) * KEYS < valid)[None, :], s, float("-inf"))
-        top = gl.max(s, 1)
-        shifted = top * factor - P_SHIFT if FP8 else top * factor
-        p = gl.exp2(s * factor - shifted[:, None])
-        total = sum_own(p)
-        p = pack_weights(p, FP8, dtype)
-        acc = nothing
-        last_decay = gl.full([ROWS], 1.0, gl.float32, rows)
-
-        steps = last - first - 1
-        next_stage = (index + 1) % STAGES
-        mbarrier.wait(k_full.index(next_stage), ((index + 1) // STAGES) & 1, pred=steps > 0)
-        for step in range(steps):
-            if TURNS:
-                mbarrier.wait(turns.index(consumer), (turn & 1) ^ (1 - consumer))
-            s = warpgroup_mma(q, k_smem.index(next_stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
-            if FP8:
-                product = warpgroup_mma(
-                    as_operand(p, FP8, operand),
-                    v_smem.index(stage).permute((1, 0)),
-                    nothing,
-                    use_acc=False,
-                    is_async=True,
+        if row < segment_tokens:
+            valid, _ = count_blocks(valid_ptr, segment, cache_slots, KEYS)
+            factor = gl.load(factors_ptr + head) if FP8 else scale
+            acc, top, total = attend_blocks(
+                q_smem.index(consumer),
+                buffers,
+                barriers,
+                index,
+                last - first,
+                (last - 1) * KEYS,
+                valid,
+                factor,
+                q_empty.index(consumer),
+                STAGES,
+                FP8,
+            )
+            if last - first == blocks:
+                store_rows(
+                    acc,
+                    total,
+                    row + lane,
+                    segment,
+                    head,
+                    segment_tokens,
+                    out_ptr,
+                    out_head,
+                    out_row,
+                    value_scales_ptr,
+                    FP8,
                 )
             else:
-                product = warpgroup_mma(as_operand(p, FP8, operand), v_smem.index(stage), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - consumer))
-            s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(next_stage))
-            new_top = gl.maximum(top, gl.max(s, 1))
-            decay = gl.exp2((top - new_top) * factor)
-            top = new_top
-            shifted = top * factor - P_SHIFT if FP8 else top * factor
-            weights = exp2_shifted(s, factor, shifted, EMULATED, 2 if FP8 else 3)
-            total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None] + sum_own(weights)
-            # Waiting here for the keys of the next step keeps ptxas from waiting for the product before all of the above.
-            later_stage = (index + 2) % STAGES
-            mbarrier.wait(k_full.index(later_stage), ((index + 2) // STAGES) & 1, pred=step + 1 < steps)
-            product, weights = warpgroup_mma_wait(0, deps=[product, weights])
-            mbarrier.arrive(v_empty.index(stage))
-            if FP8:
-                acc = acc * last_decay[:, None] + product
-                last_decay = decay
-            else:
-                acc = product * decay[:, None]
-            p = pack_weights(weights, FP8, dtype)
-            index += 1
-            turn += 1
-            stage = next_stage
-            next_stage = later_stage
-
-        mbarrier.arrive(q_empty.index(consumer))
-        mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
-        if FP8:
-            product = warpgroup_mma(
-                as_operand(p, FP8, operand), v_smem.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
-            acc = acc * last_decay[:, None] + warpgroup_mma_wait(0, deps=[product])
+                line = (program * 2 + gl.where(first == 0, 1, 0)) * (2 * ROWS) + consumer * ROWS + lane
+                gl.store(pieces_ptr + line[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :], acc)
+                gl.store(statistics_ptr + line * 2, top)
+                gl.store(statistics_ptr + line * 2 + 1, total)
         else:
-            product = warpgroup_mma(as_operand(p, FP8, operand), v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(v_empty.index(stage))
-        index += 1
-
-        own_total = gl.convert_layout(gl.sum(total, 1), rows)
-        lanes = gl.arange(0, ROWS, rows)
-        column = gl.arange(0, D, gl.SliceLayout(0, layout))
-        if last - first == blocks:
-            token = tile % row_tiles * (2 * ROWS) + consumer * ROWS + lanes
-            inverse = 1.0 / own_total
-            if FP8:
-                inverse = inverse * gl.load(value_scales_ptr + head)
-            place = (
-                out_ptr
-                + head.to(gl.int64) * out_head
-                + (segment * segment_tokens + token).to(gl.int64)[:, None] * out_row
-            )
-            result = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
-            gl.store(place + column[None, :], result, mask=(token < segment_tokens)[:, None])
-        else:
-            slot = program * 2 + gl.where(first == 0, 1, 0)
-            line = slot * (2 * ROWS) + consumer * ROWS + lanes
-            gl.store(workspace_ptr + line[:, None] * D + column[None, :], acc)
-            gl.store(statistics_ptr + line * 2, top * factor)
-            gl.store(statistics_ptr + line * 2 + 1, own_total)
+            skip_blocks(barriers, index, last - first, q_empty.index(consumer), STAGES)
+        index += last - first
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -336,7 +304,7 @@ def attention_kernel(
     v_desc,
     valid_ptr,
     out_ptr,
-    workspace_ptr,
+    pieces_ptr,
     statistics_ptr,
     factors_ptr,
     value_scales_ptr,
@@ -344,33 +312,28 @@ def attention_kernel(
     segment_tokens,
     row_tiles,
     heads,
+    cache_slots,
     q_head_row,
     q_head_column,
-    cache_slots,
     value_rows,
     out_head,
     out_row,
     SEGMENTS: gl.constexpr,
     STAGES: gl.constexpr,
     FP8: gl.constexpr,
-    TURNS: gl.constexpr,
-    EMULATED: gl.constexpr,
 ):
-    """Attend all queries; what is cut between programs is left in the workspace for `combine_kernel`."""
-    segment_tiles = row_tiles * heads
-    _, first_blocks = count_blocks(valid_ptr, SEGMENTS - 1, cache_slots, KEYS)
-    _, second_blocks = count_blocks(valid_ptr, 0, cache_slots, KEYS)
-    tiles = segment_tiles * SEGMENTS
-    plan = (gl.program_id(0), gl.num_programs(0), tiles, segment_tiles, first_blocks, second_blocks)
-    geometry = (SEGMENTS, segment_tokens, row_tiles, q_head_row, q_head_column, cache_slots, value_rows)
-    outputs = (out_ptr, out_head, out_row, workspace_ptr, statistics_ptr, factors_ptr, value_scales_ptr, scale)
-
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    """Attend all queries; what programs share of a tile is left to `combine_kernel`."""
+    sizes = measure(valid_ptr, cache_slots, row_tiles * heads, SEGMENTS, KEYS)
+    plan = plan_program(gl.program_id(0), gl.num_programs(0), sizes)
+    value_columns = 1 if FP8 else 0
+    places = (q_head_row, q_head_column, value_rows, value_columns)
+    geometry = (SEGMENTS, segment_tokens, row_tiles, cache_slots)
+    outputs = (out_ptr, out_head, out_row, pieces_ptr, statistics_ptr, scale, factors_ptr, value_scales_ptr)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, KEYS, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -378,27 +341,25 @@ def attention_kernel(
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     buffers = (q_smem, k_smem, v_smem)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
             (
                 consume_tiles,
-                (buffers, barriers, plan, geometry, outputs, valid_ptr, gl.constexpr(0), STAGES, FP8, TURNS, EMULATED),
+                (buffers, barriers, plan, sizes, geometry, outputs, valid_ptr, gl.constexpr(0), STAGES, FP8),
             ),
             (
                 consume_tiles,
-                (buffers, barriers, plan, geometry, outputs, valid_ptr, gl.constexpr(1), STAGES, FP8, TURNS, EMULATED),
+                (buffers, barriers, plan, sizes, geometry, outputs, valid_ptr, gl.constexpr(1), STAGES, FP8),
             ),
-            (load_tiles, (q_desc, k_desc, v_desc, buffers, barriers, plan, geometry, STAGES, FP8)),
+            (load_tiles, (q_desc, k_desc, v_desc, buffers, barriers, plan, sizes, geometry, places, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -409,7 +370,7 @@ def attention_kernel(
 def combine_kernel(
     valid_ptr,
     out_ptr,
-    workspace_ptr,
+    pieces_ptr,
     statistics_ptr,
     value_scales_ptr,
     programs,
@@ -422,49 +383,41 @@ def combine_kernel(
     SEGMENTS: gl.constexpr,
     FP8: gl.constexpr,
     LINES: gl.constexpr,
+    MAX_PROGRAMS: gl.constexpr,
 ):
-    """Combine what several programs of `attention_kernel` found for one tile."""
+    """Combine the pieces of one tile, for some of its queries, if there are any."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
     segment_tiles = row_tiles * heads
-    tiles = segment_tiles * SEGMENTS
-    _, first_blocks = count_blocks(valid_ptr, SEGMENTS - 1, cache_slots, KEYS)
-    _, second_blocks = count_blocks(valid_ptr, 0, cache_slots, KEYS)
-    whole = tiles // programs * programs
-    tile = whole + gl.program_id(0)
-    base = units_before(whole, segment_tiles, first_blocks, second_blocks)
-    rest = units_before(tiles, segment_tiles, first_blocks, second_blocks) - base
-    start = units_before(tile, segment_tiles, first_blocks, second_blocks) - base
-    end = units_before(tile + 1, segment_tiles, first_blocks, second_blocks) - base
-    first_program = ((start + 1) * programs - 1) // rest
-    last_program = (end * programs - 1) // rest
-    if first_program < last_program:
-        lanes = gl.program_id(1) * LINES + gl.arange(0, LINES, gl.SliceLayout(1, layout))
+    sizes = measure(valid_ptr, cache_slots, segment_tiles, SEGMENTS, KEYS)
+    rounds = count_rounds(programs, sizes)
+    tile = rounds * programs + gl.program_id(0)
+    base = units_before(rounds * programs, sizes)
+    start = units_before(tile, sizes) - base
+    end = units_before(tile + 1, sizes) - base
+    others = 1 + gl.arange(0, MAX_PROGRAMS, gl.BlockedLayout([1], [32], [4], [0]))
+    starts = run_start(others, programs, rounds, sizes)
+    first_program = gl.sum(((others < programs) & (starts <= start)).to(gl.int32), 0)
+    last_program = gl.sum(((others < programs) & (starts < end)).to(gl.int32), 0)
+    if (tile < segment_tiles * SEGMENTS) & (first_program < last_program):
+        lane = gl.program_id(1) * LINES + gl.arange(0, LINES, by_row)
         column = gl.arange(0, D, gl.SliceLayout(0, layout))
-        top = gl.full([LINES], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-        total = gl.full([LINES], 0.0, gl.float32, gl.SliceLayout(1, layout))
+        top = gl.full([LINES], float("-inf"), gl.float32, by_row)
+        total = gl.full([LINES], 0.0, gl.float32, by_row)
         acc = gl.zeros([LINES, D], gl.float32, layout)
         for program in range(first_program, last_program + 1):
-            slot = program * 2 + gl.where(rest * program // programs <= start, 1, 0)
-            line = slot * (2 * ROWS) + lanes
-            # With fewer units than programs, some programs in between have none.
-            busy = (rest * program // programs < rest * (program + 1) // programs) & (lanes >= 0)
-            part_top = gl.load(statistics_ptr + line * 2, mask=busy, other=float("-inf"))
-            part_total = gl.load(statistics_ptr + line * 2 + 1, mask=busy, other=0.0)
-            part = gl.load(workspace_ptr + line[:, None] * D + column[None, :], mask=busy[:, None], other=0.0)
-            new_top = gl.maximum(top, part_top)
-            decay = gl.exp2(top - new_top)
-            weight = gl.exp2(part_top - new_top)
-            total = total * decay + part_total * weight
-            acc = acc * decay[:, None] + part * weight[:, None]
-            top = new_top
+            own_start = run_start(program, programs, rounds, sizes)
+            if own_start < run_start(program + 1, programs, rounds, sizes):
+                line = (program * 2 + gl.where(own_start <= start, 1, 0)) * (2 * ROWS) + lane
+                piece_top = gl.load(statistics_ptr + line * 2)
+                new_top = gl.maximum(top, piece_top)
+                decay = gl.exp2(top - new_top)
+                weight = gl.exp2(piece_top - new_top)
+                top = new_top
+                total = total * decay + gl.load(statistics_ptr + line * 2 + 1) * weight
+                piece = gl.load(pieces_ptr + line[:, None] * D + column[None, :])
+                acc = acc * decay[:, None] + piece * weight[:, None]
         head = tile % segment_tiles // row_tiles
         segment = SEGMENTS - 1 - tile // segment_tiles
-        token = tile % row_tiles * (2 * ROWS) + lanes
-        inverse = 1.0 / total
-        if FP8:
-            inverse = inverse * gl.load(value_scales_ptr + head)
-        place = (
-            out_ptr + head.to(gl.int64) * out_head + (segment * segment_tokens + token).to(gl.int64)[:, None] * out_row
-        )
-        result = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
-        gl.store(place + column[None, :], result, mask=(token < segment_tokens)[:, None])
+        token = tile % row_tiles * (2 * ROWS) + lane
+        store_rows(acc, total, token, segment, head, segment_tokens, out_ptr, out_head, out_row, value_scales_ptr, FP8)

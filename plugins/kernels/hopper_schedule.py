@@ -1,8 +1,11 @@
-"""How the work of attention is cut evenly over the programs of a persistent grid, when its size is known on the device.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""How attention's work is cut evenly over the programs of a persistent grid, though only the device knows its size.
 
-A tile is some queries of one head; a unit is one tile against one block of keys. All tiles of the last segment come
-first, then those of the one before: programs that run at the same time then read the same keys, out of the L2 cache.
-Whole rounds of tiles go one to a program; the units of the rest are cut into as many equal runs as there are programs.
+A tile is 128 queries of one head; a unit is a tile against one block of keys. Tiles of the last segment come first, and
+within a segment those of a head follow each other, so that programs at work at the same time read the same keys, out of
+the L2 cache. Whole rounds of tiles go one to a program. The units of the tiles left over, in a row, are cut into one
+run a program, of such lengths that all programs have the same number of units in the end: 156 tiles cost 132
+multiprocessors 1.18 rounds instead of 2.
 """
 
 from __future__ import annotations
@@ -13,49 +16,72 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def count_blocks(valid_ptr, segment, cache_slots, KEYS: gl.constexpr):
-    """Return the slots a segment attends to, at least 1, and the blocks they take."""
+    """Return how many slots a segment attends to, at least 1, and how many blocks they take."""
     valid = gl.minimum(gl.maximum(gl.load(valid_ptr + segment), 1), cache_slots)
     return valid, (valid + KEYS - 1) // KEYS
 
 
 @gluon.jit
-def units_before(tile, segment_tiles, first_blocks, second_blocks):
-    """Return the units of all tiles before this one."""
+def units_before(tile, sizes):
+    """Return how many units the tiles before this one have."""
+    segment_tiles, _tiles, first_blocks, second_blocks = sizes
     return gl.minimum(tile, segment_tiles) * first_blocks + gl.maximum(tile - segment_tiles, 0) * second_blocks
 
 
 @gluon.jit
-def tile_of(unit, segment_tiles, first_blocks, second_blocks):
+def tile_of(unit, sizes):
     """Return the tile that a unit belongs to."""
-    first = segment_tiles * first_blocks
-    return gl.where(unit < first, unit // first_blocks, segment_tiles + (unit - first) // second_blocks)
+    segment_tiles, _tiles, first_blocks, second_blocks = sizes
+    of_second = segment_tiles + (unit - segment_tiles * first_blocks) // second_blocks
+    return gl.where(unit < segment_tiles * first_blocks, unit // first_blocks, of_second)
 
 
 @gluon.jit
-def count_parts(program, programs, tiles, segment_tiles, first_blocks, second_blocks):
-    """Return how many parts a program works on: whole tiles, and then what its run of the rest holds of tiles."""
-    whole = tiles // programs
-    base = units_before(whole * programs, segment_tiles, first_blocks, second_blocks)
-    rest = units_before(tiles, segment_tiles, first_blocks, second_blocks) - base
-    start = rest * program // programs
-    end = rest * (program + 1) // programs
-    first_tile = tile_of(base + start, segment_tiles, first_blocks, second_blocks)
-    last_tile = tile_of(base + end - 1, segment_tiles, first_blocks, second_blocks)
-    return whole + gl.where(end > start, last_tile - first_tile + 1, 0)
+def measure(valid_ptr, cache_slots, segment_tiles, SEGMENTS: gl.constexpr, KEYS: gl.constexpr):
+    """Return the sizes of all work: tiles of a segment, tiles, blocks of the last segment and of the one before it."""
+    _, first_blocks = count_blocks(valid_ptr, SEGMENTS - 1, cache_slots, KEYS)
+    _, second_blocks = count_blocks(valid_ptr, 0, cache_slots, KEYS)
+    return segment_tiles, segment_tiles * SEGMENTS, first_blocks, second_blocks
 
 
 @gluon.jit
-def find_part(part, program, programs, tiles, segment_tiles, first_blocks, second_blocks):
-    """Return the tile of a program's part, its blocks [first, last) and how many blocks the tile has."""
-    whole = tiles // programs
-    base = units_before(whole * programs, segment_tiles, first_blocks, second_blocks)
-    rest = units_before(tiles, segment_tiles, first_blocks, second_blocks) - base
-    start = rest * program // programs
-    end = rest * (program + 1) // programs
-    rest_tile = tile_of(base + start, segment_tiles, first_blocks, second_blocks) + part - whole
-    tile = gl.where(part < whole, part * programs + program, rest_tile)
+def count_rounds(programs, sizes):
+    """Return how many whole rounds of tiles no program has too much of."""
+    _segment_tiles, tiles, first_blocks, second_blocks = sizes
+    return gl.minimum(tiles, units_before(tiles, sizes) // gl.maximum(first_blocks, second_blocks)) // programs
+
+
+@gluon.jit
+def run_start(program, programs, rounds, sizes):
+    """Return the first of the units left over that a program (or a tensor of them) has: after rounds, from unit 0."""
+    _segment_tiles, tiles, _first_blocks, _second_blocks = sizes
+    start = units_before(tiles, sizes) * program // programs
+    for i in range(rounds):
+        start -= units_before(i * programs + program, sizes) - units_before(i * programs, sizes)
+    return start
+
+
+@gluon.jit
+def plan_program(program, programs, sizes):
+    """Return a program's rounds, its run of what is left over, [start, end), and how many parts it has in all."""
+    rounds = count_rounds(programs, sizes)
+    start = run_start(program, programs, rounds, sizes)
+    end = run_start(program + 1, programs, rounds, sizes)
+    base = units_before(rounds * programs, sizes)
+    pieces = gl.where(end > start, tile_of(base + end - 1, sizes) - tile_of(base + start, sizes) + 1, 0)
+    return program, programs, rounds, start, end, rounds + pieces
+
+
+@gluon.jit
+def find_part(part, plan, sizes):
+    """Return the tile of a part, its blocks [first, last), and how many blocks the tile has."""
+    program, programs, rounds, start, end, _parts = plan
+    segment_tiles, _tiles, first_blocks, second_blocks = sizes
+    base = units_before(rounds * programs, sizes)
+    whole = part < rounds
+    tile = gl.where(whole, part * programs + program, tile_of(base + start, sizes) + part - rounds)
     blocks = gl.where(tile < segment_tiles, first_blocks, second_blocks)
-    offset = units_before(tile, segment_tiles, first_blocks, second_blocks) - base
-    first = gl.where(part < whole, 0, gl.maximum(start - offset, 0))
-    last = gl.where(part < whole, blocks, gl.minimum(end - offset, blocks))
+    offset = units_before(tile, sizes) - base
+    first = gl.where(whole, 0, gl.maximum(start - offset, 0))
+    last = gl.where(whole, blocks, gl.minimum(end - offset, blocks))
     return tile, first, last, blocks
