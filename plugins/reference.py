@@ -30,15 +30,22 @@ def kv_cache_attention(
     Returns:
         [B, N, L, D], as q.
     """
-    token_slots = _token_slots(slots, q.shape[2])
-    k_cache.index_copy_(2, token_slots, k)
-    v_cache.index_copy_(2, token_slots, v)
+    own_slots = token_slots(slots, q.shape[2])
+    k_cache.index_copy_(2, own_slots, k)
+    v_cache.index_copy_(2, own_slots, v)
+    return attend(q, k_cache, v_cache, valid_slots, scale)
+
+
+def attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, valid_slots: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attend q to the valid slots of caches that are written already; shapes as of `kv_cache_attention`."""
     positions = torch.arange(k_cache.shape[2], device=q.device)
     mask = positions[None, None, None, :] < valid_slots[:, None, None, None]
     return torch.nn.functional.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
 
 
-def _token_slots(slots: torch.Tensor, tokens: int) -> torch.Tensor:
+def token_slots(slots: torch.Tensor, tokens: int) -> torch.Tensor:
     """Expand [F] first slots of frames to [L] slots of tokens, int64."""
     tokens_per_frame = tokens // slots.shape[0]
     offsets = torch.arange(tokens_per_frame, device=slots.device)

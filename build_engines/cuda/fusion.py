@@ -14,10 +14,16 @@ from torch import fx
 
 from causal_forcing.build_engines.cuda.constants import Constants, add_constant
 from causal_forcing.build_engines.cuda.fp8_fusion import fuse_quantize, split_fp8_linears
-from causal_forcing.plugins import dit_ops, linear_ops  # noqa: F401  # registers the ops
+from causal_forcing.plugins import dit_ops, fp8_attention_ops, linear_ops  # noqa: F401  # registers the ops
 
 aten = torch.ops.aten
 ours = torch.ops.causal_forcing
+
+_PROJECTED = {
+    ours.segmented_attention.default: ours.projected_attention.default,
+    ours.segmented_attention_fp8.default: ours.projected_attention_fp8.default,
+}
+"""Attention to the op that starts from the projections."""
 
 
 def fuse(graph: fx.Graph, constants: Constants) -> None:
@@ -67,9 +73,9 @@ def fuse_gelu(graph: fx.Graph, constants: Constants) -> None:
 def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
     """Norms and RoPE of queries and keys, the write to the cache and attention become one op."""
     for node in list(graph.nodes):
-        if node.target is not ours.segmented_attention.default:
+        if node.target not in _PROJECTED:
             continue
-        q, k, v, k_cache, v_cache, slots, valid_slots, scale = node.args
+        q, k, v, k_cache, v_cache, slots, valid_slots, scale, *codes = node.args
         if q.target is not ours.norm_rope.default or k.target is not ours.norm_rope.default:
             continue
         q_source, q_weight, cos, sin, heads, eps = q.args
@@ -80,10 +86,10 @@ def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
         batch, _, tokens, depth = node.meta["val"].shape
         with graph.inserting_before(node):
             merged = graph.call_function(
-                ours.projected_attention.default,
+                _PROJECTED[node.target],
                 (
                     *(q_source, k_source, values, q_weight, k_weight, cos, sin),
-                    *(k_cache, v_cache, slots, valid_slots, heads, eps, scale),
+                    *(k_cache, v_cache, slots, valid_slots, heads, eps, scale, *codes),
                 ),
             )
             split = graph.call_function(aten.view.default, (merged, [batch, tokens, heads, depth]))

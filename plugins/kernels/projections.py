@@ -26,17 +26,25 @@ def _normed_rotated(ptr, weight_ptr, cos_ptr, sin_ptr, token, eps, DIM: tl.const
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK])
 
 
+@triton.jit
+def _codes(x, scale_ptr, columns, inside, D: tl.constexpr):
+    """Scale fp32 values into e4m3's range, a head at a time, saturating."""
+    x /= tl.load(scale_ptr + columns // D, mask=inside, other=1.0)
+    return tl.minimum(tl.maximum(x, -448.0), 448.0)
+
+
 @triton.jit(do_not_specialize=["tokens_per_frame", "cache_slots"])
 def place_projections_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    q_scale_ptr, k_scale_ptr, k_offset_ptr,
     q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, cache_batch, cache_head, cache_row,
     tokens_per_frame, cache_slots, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HAS_SLOTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Run on a grid of (L, 3, B) programs, or (L, 2, B) to leave values alone.
 
     Queries go to [B, L, N, D], keys and values to [B, N, S, D] at `slots`, or at their own places without slots. What
-    lies outside of the cache is dropped.
+    lies outside of the cache is dropped. With FP8, queries and keys become codes, keys less their offset first.
     """
     token = tl.program_id(0)
     kind = tl.program_id(1)
@@ -48,6 +56,8 @@ def place_projections_kernel(
             q_ptr + batch * q_batch + token.to(tl.int64) * q_row, q_weight_ptr, cos_ptr, sin_ptr, token, eps,
             DIM, BLOCK, D,
         )  # fmt: skip
+        if FP8:
+            x = _codes(x, q_scale_ptr, columns, inside, D)
         target = q_out_ptr + batch * out_batch + token.to(tl.int64) * DIM + columns
         tl.store(target, x.to(q_out_ptr.dtype.element_ty), mask=inside)
     else:
@@ -61,7 +71,33 @@ def place_projections_kernel(
                 k_ptr + batch * k_batch + token.to(tl.int64) * k_row, k_weight_ptr, cos_ptr, sin_ptr, token, eps,
                 DIM, BLOCK, D,
             )  # fmt: skip
+            if FP8:
+                x = _codes(x - tl.load(k_offset_ptr + columns, mask=inside, other=0.0), k_scale_ptr, columns, inside, D)
             tl.store(k_out_ptr + place, x.to(k_out_ptr.dtype.element_ty), mask=stored)
         else:
             row = v_ptr + batch * v_batch + token.to(tl.int64) * v_row + columns
             tl.store(v_out_ptr + place, tl.load(row, mask=inside, other=0.0), mask=stored)
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_frame", "cache_slots", "columns"])
+def place_values_kernel(
+    v_ptr, slots_ptr, v_scale_ptr, v_out_ptr, v_row, tokens, tokens_per_frame, cache_slots, columns,
+    D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write values as codes into a transposed cache [N, D, columns], on a grid of (⌈L / TOKENS⌉, N) programs.
+
+    Where a slot lies in its row: `fp8_attention_ops.value_column`.
+    """
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    depth = tl.arange(0, PADDED_D)
+    live = token < tokens
+    row = v_ptr + token[:, None].to(tl.int64) * v_row + head * D + depth[None, :]
+    v = tl.load(row, mask=live[:, None] & (depth[None, :] < D), other=0.0).to(tl.float32)
+    v = tl.minimum(tl.maximum(v / tl.load(v_scale_ptr + head), -448.0), 448.0).to(v_out_ptr.dtype.element_ty)
+    slot = tl.load(slots_ptr + token // tokens_per_frame, mask=live, other=0) + token % tokens_per_frame
+    stored = live & (slot >= 0) & (slot < cache_slots)
+    column = slot // 16 * 16 + slot % 8 // 2 * 4 + slot % 16 // 8 * 2 + slot % 2
+    # Transposed first: tokens that lie beside each other in memory are then written by one warp.
+    target = v_out_ptr + (head * D + depth)[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(target, tl.trans(v), mask=(depth[:, None] < D) & stored[None, :])
