@@ -22,7 +22,7 @@ MAX_PROGRAMS = 256
 """Multiprocessors that the second kernel can look through; an H100 has 132 at most."""
 COMBINED_QUERIES = 16
 """Queries that a program of the second kernel combines."""
-_STAGES = {1: 4, 2: 2}
+_STAGES = {1: 4, 2: 3}
 """Blocks of keys, and as many of values, in shared memory at a time, by the bytes of an element."""
 _ALIGNED_BYTES = 16
 """What TMA asks of addresses and strides."""
@@ -30,9 +30,9 @@ _ALIGNED_BYTES = 16
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """Import the kernels; None where Triton is missing or too old for them."""
+    """Import the module of both kernels; None where Triton is missing or too old for them."""
     try:
-        return importlib.import_module("causal_forcing.plugins.kernels.hopper_attention")
+        return importlib.import_module("causal_forcing.plugins.kernels.hopper_combine")
     except (ImportError, AttributeError):
         return None
 
