@@ -17,8 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CONV_PAST_FRAMES = 2
-"""Frames that a causal convolution of three frames looks back."""
+from causal_forcing.plugins.fused_op import keeps_fused_ops
+from causal_forcing.plugins.vae_ops import (
+    CONV_PAST_FRAMES,
+    channel_norm,
+    prepend,
+    vae_double_rate,
+    vae_double_rate_in_place,
+    vae_frame_attention,
+    vae_norm_conv,
+    vae_norm_conv_in_place,
+    vae_pointwise,
+    vae_upsample_conv,
+)
+
+__all__ = [
+    "CONV_PAST_FRAMES",
+    "ConvCaches",
+    "Downsample",
+    "Head",
+    "Middle",
+    "ResidualBlock",
+    "Upsample",
+    "causal_conv3d",
+]
 
 
 class ConvCaches:
@@ -38,6 +60,14 @@ class ConvCaches:
         """Whether this call holds the clip's first frame."""
         return self._past is None
 
+    def next_past(self) -> torch.Tensor | None:
+        """Return the past of the convolution whose turn it is, or None for zeros."""
+        if self._past is None:
+            return None
+        read = len(self._updated)
+        assert read < len(self._past), f"the VAE has more than the {len(self._past)} caches it was given"
+        return self._past[read]
+
     def prepend(self, x: torch.Tensor, frames: int = CONV_PAST_FRAMES) -> torch.Tensor:
         """Put the past before new frames, and collect the past of the next call.
 
@@ -48,18 +78,13 @@ class ConvCaches:
         Returns:
             [B, C, frames + T, H, W].
         """
-        if self._past is None:
-            extended = F.pad(x, (0, 0, 0, 0, frames, 0))
-        else:
-            read = len(self._updated)
-            assert read < len(self._past), f"the VAE has more than the {len(self._past)} caches it was given"
-            extended = torch.cat((self._past[read], x), dim=2)
-        self.collect(extended[:, :, -frames:])
+        extended, cache = prepend(self.next_past(), x, frames)
+        self.collect(cache)
         return extended
 
     def collect(self, cache: torch.Tensor) -> None:
-        """Append a cache for the next call; a copy, because a view would keep all frames of the call alive."""
-        self._updated.append(cache.clone())
+        """Append a cache for the next call, which must be no view: it would keep all frames of the call alive."""
+        self._updated.append(cache)
 
     def updated(self) -> tuple[torch.Tensor, ...]:
         """Return the caches of the next call, once all layers have run."""
@@ -93,23 +118,34 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, channels: int, trailing_axes: int = 3) -> None:
         super().__init__()
-        self.scale = channels**0.5
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * trailing_axes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise axis 1 of `x` [B, C, …], any floating dtype."""
-        # The sum of squares would overflow in fp16. `dtype=` accumulates in fp32 without an fp32 copy of x.
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        # Upstream's 1e-12 is 0 in fp16, where a zero vector would then become NaN.
-        smallest = max(1e-12, torch.finfo(x.dtype).tiny)
-        y: torch.Tensor = x / length.clamp_min(smallest).to(x.dtype) * (self.gamma * self.scale)
-        return y
+        return channel_norm(x, self.gamma)
 
 
-def norm_conv(x: torch.Tensor, caches: ConvCaches, *, norm: nn.Module, conv: nn.Module) -> torch.Tensor:
-    """Apply norm, SiLU and a causal convolution, which has one cache."""
-    y: torch.Tensor = conv(caches.prepend(F.silu(norm(x))))
+def norm_conv(
+    x: torch.Tensor, caches: ConvCaches, *, norm: nn.Module, conv: nn.Module, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Apply norm, SiLU and a causal convolution, which has one cache, and add what a shortcut gave."""
+    past = caches.next_past()
+    assert isinstance(norm, ChannelNorm), "a norm of channels comes before a convolution"
+    weight, bias = parameters_of(conv)
+    if past is not None and keeps_fused_ops():
+        y = vae_norm_conv_in_place(x, past, norm.gamma, weight, bias, residual)
+    else:
+        y, past = vae_norm_conv(x, past, norm.gamma, weight, bias, residual)
+    caches.collect(past)
     return y
+
+
+def parameters_of(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias of a convolution, for an op that carries it out."""
+    weight, bias = conv.weight, conv.bias
+    assert isinstance(weight, torch.Tensor), "a convolution has a weight"
+    assert isinstance(bias, torch.Tensor), "all convolutions of the VAE have a bias"
+    return weight, bias
 
 
 class ResidualBlock(nn.Module):
@@ -131,9 +167,8 @@ class ResidualBlock(nn.Module):
         """Return [B, out, T, H, W] for `x` [B, in, T, H, W]. Two caches."""
         layers = self.residual
         y = norm_conv(x, caches, norm=layers["0"], conv=layers["2"])
-        y = norm_conv(y, caches, norm=layers["3"], conv=layers["6"])
-        shortcut: torch.Tensor = self.shortcut(x)
-        return y + shortcut
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else vae_pointwise(x, *parameters_of(self.shortcut))
+        return norm_conv(y, caches, norm=layers["3"], conv=layers["6"], residual=shortcut)
 
 
 class FrameAttention(nn.Module):
@@ -149,12 +184,8 @@ class FrameAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [B, C, T, h, w] for the same. No cache: frames do not see each other."""
         frames = fold_frames(x)
-        # [B·T, C, h·w] each. Spelled out: torch's fused function becomes ONNX `Attention`, which TensorRT refuses to
-        # build where it has no fused kernel (fp32 at any size; ours would need one for a head dim of 384).
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).chunk(3, dim=1)
-        weights = torch.softmax((q * self.scale).transpose(1, 2) @ k, dim=-1)
-        attended = (v @ weights.transpose(1, 2)).reshape(frames.shape)
-        projected: torch.Tensor = self.proj(attended)
+        qkv = vae_pointwise(self.norm(frames), *parameters_of(self.to_qkv))
+        projected = vae_pointwise(vae_frame_attention(qkv, self.scale), *parameters_of(self.proj))
         return x + unfold_frames(projected, x.shape[0])
 
 
@@ -199,8 +230,7 @@ class Upsample(nn.Module):
         """
         frames = fold_frames(x) if self.time_conv is None else self._double_rate(x, self.time_conv, caches)
         # Upstream goes through fp32 here; copying values gives the same without.
-        frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest"))
-        return unfold_frames(frames, x.shape[0])
+        return unfold_frames(vae_upsample_conv(frames, *parameters_of(self.resample["1"])), x.shape[0])
 
     @staticmethod
     def _double_rate(x: torch.Tensor, time_conv: nn.Module, caches: ConvCaches) -> torch.Tensor:
@@ -211,9 +241,13 @@ class Upsample(nn.Module):
         if doubled.shape[2] == 0:
             caches.collect(x.new_zeros(B, C, CONV_PAST_FRAMES, H, W))
             return fold_frames(x)
-        # The convolution gives the earlier frame's channels, then the later frame's.
-        pairs = time_conv(caches.prepend(doubled)).unflatten(1, (2, C))
-        frames: torch.Tensor = pairs.permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
+        past = caches.next_past()
+        weight, bias = parameters_of(time_conv)
+        if past is not None and keeps_fused_ops():
+            frames = vae_double_rate_in_place(doubled, past, weight, bias)
+        else:
+            frames, past = vae_double_rate(doubled, past, weight, bias)
+        caches.collect(past)
         if single is not None:
             frames = torch.cat((single.transpose(1, 2), frames), dim=1)
         return frames.flatten(0, 1)
@@ -237,7 +271,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return y
         if caches.clip_starts:
-            caches.collect(y)
+            caches.collect(y.clone())
             return y
         halved: torch.Tensor = self.time_conv(caches.prepend(y, frames=1))
         return halved
