@@ -3,8 +3,8 @@
 Shows on a machine without a GPU and with little memory that the real model exports, and that its graphs compute what
 the torch modules compute. Each phase runs in a process of its own, so that its peak memory is its own.
 
-    python benchmarks/full_size_export.py --pixel-height 64 --pixel-width 96
-    python benchmarks/full_size_export.py --pixel-height 480 --pixel-width 832 --no-verify
+    python -m benchmarks.full_size_export --pixel-height 64 --pixel-width 96
+    python -m benchmarks.full_size_export --pixel-height 480 --pixel-width 832 --no-verify
 """
 
 from __future__ import annotations
@@ -48,7 +48,17 @@ def main() -> None:
     try:
         for phase in ["export"] if arguments.no_verify else ["export", "verify"]:
             subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--phase", phase], check=True
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.full_size_export",
+                    *sys.argv[1:],
+                    "--folder",
+                    str(folder),
+                    "--phase",
+                    phase,
+                ],
+                check=True,
             )
     finally:
         if arguments.folder is None:

@@ -12,8 +12,8 @@ compared.
 In fp8 every linear layer and every attention over the cache is quantised, with scales that nobody calibrated: a plan is
 as large and takes as long whatever they are.
 
-    python benchmarks/plan_builds.py --prove dit vae --output benchmarks/results
-    python benchmarks/plan_builds.py --precision fp8 --parts dit --output benchmarks/results
+    python -m benchmarks.plan_builds --prove dit vae --output benchmarks/results
+    python -m benchmarks.plan_builds --precision fp8 --parts dit --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.conditions import device_name, head_commit
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networks, export_onnx
 from causal_forcing.build_engines.model_loading import HollowModels
 from causal_forcing.build_engines.planner import make_job
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--prove", nargs="+", default=[], choices=ALL_PARTS, help="models to export for every slug")
     parser.add_argument("--folder", type=Path, help="where graphs and plans lie for a while")
     parser.add_argument("--output", type=Path, help="folder for the JSON record")
-    parser.add_argument("--commit", default=_head(), help="commit to record; by default the checkout's")
+    parser.add_argument("--commit", default=head_commit(), help="commit to record; by default the checkout's")
     parser.add_argument("--networks", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.networks:
@@ -128,7 +129,10 @@ def export_apart(slug: str, part: str, specs: Iterable[NetworkSpec], folder: Pat
     own = ["--slug", slug, "--parts", part, "--folder", str(folder), "--networks", *names]
     # Arguments that come later win.
     finished = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], *own], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "benchmarks.plan_builds", *sys.argv[1:], *own],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     exported: dict[str, dict[str, Any]] = json.loads(finished.stdout)
     return exported
@@ -208,23 +212,12 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "backend": configs[0].backend,
         "backend_version": configs[0].backend_version,
         "compute_capabilities": configs[0].plan.compute_capabilities,
-        "device": f"{os.cpu_count()} cores of {_processor()}",
+        "device": f"{os.cpu_count()} cores of {device_name(torch.device('cpu'))}",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-
-
-def _head() -> str | None:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""A run's record: one JSON object, printed, and kept in a folder under a name that says what it is of."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.conditions import ROOT, device_slug, head_commit
+
+RESULTS = ROOT / "benchmarks" / "results"
+"""Records that the documentation quotes."""
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every program has."""
+    parser.add_argument("--output", type=Path, help="folder for the JSON record; benchmarks/results is the kept one")
+    parser.add_argument("--commit", default=head_commit(), help="commit to record; by default the checkout's")
+
+
+def write_record(record: dict[str, Any], folder: Path | None, *, device: torch.device) -> None:
+    """Print a record, and write it as benchmark-slug-backend-device.json where a folder is given."""
+    print(json.dumps(record, indent=1))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / record_name(record, device)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def record_name(record: dict[str, Any], device: torch.device) -> str:
+    """Return the file name of a record; a precision other than the device's usual one is part of it."""
+    conditions = record["conditions"]
+    words = [record["benchmark"], *(conditions[key] for key in ("slug", "backend") if key in conditions)]
+    usual = "bf16" if device.type == "cuda" else "fp32"
+    if conditions["precision"] != usual:
+        words.append(conditions["precision"])
+    return "-".join((*words, device_slug(device))) + ".json"
+
+
+def read_records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the kept records of one benchmark, in the order of their names."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if record["benchmark"] == benchmark]

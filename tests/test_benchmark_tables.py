@@ -1,0 +1,123 @@
+"""Tables of README.md and docs/performance.md are those of the kept records, and come from records alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def render(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.render_tables", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def spread(value: float) -> dict[str, float]:
+    return {"min": value, "median": value, "max": value, "n": 1}
+
+
+def percentiles(value: float) -> dict[str, float]:
+    return {"p50": value, "p90": value, "p99": value, "n": 1}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with one record of a run against upstream, and one of stages."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    conditions = {
+        "commit": "0123456789abcdef",
+        "slug": "some-slug",
+        "backend": "some-backend",
+        "precision": "bf16",
+        "geometry": {"pixel_height": 480, "pixel_width": 832},
+        "device": "Some GPU",
+        "torch": "2.99",
+        "warm_up_clips": 2,
+        "repeats": 3,
+    }
+    run: dict[str, Any] = {
+        "precision": "bf16",
+        "fps": {"min": 30.0, "median": 31.25, "max": 32.0, "n": 3},
+        "first_frames_ms": spread(123.4),
+        "last_dit_step_ms": spread(55.5),
+        "stages_ms": {"denoise": percentiles(44.4)},
+    }
+    latency = {
+        "benchmark": "latency",
+        "conditions": conditions,
+        "cold_start": {"first_frames_s": spread(7.89), "runs": [{"device_used_bytes": 3 * 2**30}]},
+        "runs": [
+            {"name": "engine", **run, "step_ms": percentiles(66.6)},
+            {"name": "upstream", **run},
+            {"name": "compile", "precision": "bf16", "error": "RuntimeError: no"},
+        ],
+        "ratios": {"upstream": {"fps": {"min": 2.0, "median": 2.5, "max": 3.0, "n": 3}}},
+    }
+    gflop = {"linear": 11700.0, "attention": 28300.0, "convolution": 0.0}
+    network = {"network": "dit_step", "ms": percentiles(80.0), "window_frames_filled": 21, "gflop": gflop}
+    network |= {"tflops": 500.0, "floor_ms": 73.0, "of_floor": 0.9125}
+    stages = {"benchmark": "stages", "conditions": conditions, "networks": [network]}
+    for record in (latency, stages):
+        (folder / f"{record['benchmark']}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_pages_have_the_tables_of_the_kept_records() -> None:
+    finished = render("--check")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_every_kind_of_table_is_on_a_page() -> None:
+    pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/performance.md"))
+    source = (ROOT / "benchmarks" / "tables.py").read_text(encoding="utf-8")
+    names = [line.split('"')[1] for line in source.partition("TABLES: ")[2].partition("}")[0].splitlines()[1:] if line]
+    assert names
+    for name in names:
+        assert f"<!-- table: {name} -->\n" in pages
+
+
+def test_a_page_gets_figures_from_records_with_their_units(results: Path, tmp_path: Path) -> None:
+    names = ("latency", "latency-summary", "latency-stages", "stages", "conditions")
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"# {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\nafter\n\n" for name in names))
+    assert render("--check", "--results", results, page).returncode == 1
+    assert render("--results", results, page).returncode == 0
+    assert render("--check", "--results", results, page).returncode == 0
+    text = page.read_text()
+    assert text.count("after\n") == len(names)
+    subject = "`some-slug`, 480×832, Some GPU"
+    assert (
+        f"| {subject} | **some-backend** | bf16 | 31.2 (30.0–32.0) | 123 ms | 66.6 / 66.6 / 66.6 ms | 55.5 ms | – |"
+        in text
+    )
+    assert f"| {subject} | upstream | bf16 | 31.2 (30.0–32.0) | 123 ms | – | 55.5 ms | 2.50 (2.00–3.00)× |" in text
+    assert f"| {subject} | compile | bf16 | failed |" in text
+    assert "| 31.2 (30.0–32.0) | 7.9 s | 123 ms | 3.0 GiB | 2.50 (2.00–3.00)× |" in text
+    assert "| `dit_step` | 21 latent frames | 80 ms | 40 TFLOP | 500 TFLOP/s | 73 ms | 91% |" in text
+    assert "| Some GPU | torch 2.99 | 0123456789 | 2 clips to warm up, 3 counted |" in text
+
+
+def test_a_page_without_records_says_that_there_are_none(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: latency -->\nold\n<!-- end -->\n")
+    (tmp_path / "empty").mkdir()
+    assert render("--results", tmp_path / "empty", page).returncode == 0
+    assert page.read_text() == "<!-- table: latency -->\nNo run of this kind is kept yet.\n<!-- end -->\n"
+
+
+@pytest.mark.parametrize("text", ["<!-- table: latency -->\n", "<!-- table: nothing -->\n<!-- end -->\n"])
+def test_a_page_with_a_wrong_marker_is_refused(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    finished = render("--results", RESULTS, page)
+    assert finished.returncode == 1
+    assert "table" in finished.stderr
+    assert page.read_text() == text
