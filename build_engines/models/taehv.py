@@ -66,7 +66,7 @@ class FrameMemory:
             before = torch.zeros_like(frames[:batch])
         else:
             assert read < len(self._past), f"TAEHV has more than the {len(self._past)} memories it was given"
-            before = self._past[read]
+            before = channels_last(self._past[read])
         return before if frames.shape[0] == batch else torch.cat((before, frames[:-batch]))
 
     def updated(self) -> Tensors:
@@ -113,6 +113,7 @@ class Grow(nn.Module):
         y: torch.Tensor = self.conv(frames)
         if self.rate > 1:  # the earlier frame's channels, then the later frame's
             y = torch.unflatten(torch.unflatten(y, 1, (self.rate, -1)), 0, (-1, batch)).transpose(1, 2).flatten(0, 2)
+            y = channels_last(y)
         if dropped:
             y = y[dropped * batch :]
         return F.interpolate(y, scale_factor=2.0, mode="nearest")
@@ -154,7 +155,7 @@ class _DecoderNetwork(nn.Module):
         batch = latent_chunk.shape[0]
         memory = FrameMemory(past, batch)
         z = latent_chunk if self.latent_scale is None else self.latent_scale.denormalise(latent_chunk)
-        frames = z.transpose(0, 1).flatten(0, 1)
+        frames = channels_last(z.transpose(0, 1).flatten(0, 1))
         # The clip's first latent frame stands for one frame of pixels: the last one of the four it gives.
         dropped = FRAMES_PER_LATENT - 1 if memory.clip_starts else 0
         for index, layer in enumerate(self.decoder):
@@ -197,6 +198,15 @@ class TAEHVDecoder(_DecoderNetwork):
             Pixels [B, 4F, 3, 8h, 8w], not clamped, about [-1, 1]; then the new memories.
         """
         return self.decode(latent_chunk, past)
+
+
+def channels_last(frames: torch.Tensor) -> torch.Tensor:
+    """Return the same with channels innermost in memory, as a GPU's convolutions want them.
+
+    What came in, or was split from channels into time, is not so laid out, and one such operand of a concatenation
+    would bring all that follows back to the other layout.
+    """
+    return frames.contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Conv2d:

@@ -13,13 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from causal_forcing.build_engines.builder import BuildJob, build, cut_networks, network_names
+from causal_forcing.build_engines.cuda.tracing import write_tape
+from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels, ReleasedModels
 from causal_forcing.build_engines.models.taehv import TAEHV, TAEHVDecoder, TAEHVDecoderFirst, memory_shapes
 from causal_forcing.build_engines.models.vae import LatentScale
+from causal_forcing.build_engines.networks import taehv_networks
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.verification import verify
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.session import VideoSession
@@ -188,6 +193,27 @@ def test_engines_of_a_tiny_decoder_equal_their_modules(
     comparisons = list(verify(job, tmp_path / "engine", device="cpu"))
     assert {comparison.network for comparison in comparisons} == set(network_names(VARIANTS[slug], ("vae",)))
     assert all(comparison.passed for comparison in comparisons), comparisons
+
+
+def test_tapes_of_a_tiny_decoder_played_equal_their_modules(tmp_path: Path) -> None:
+    geometry = EngineOptions(slug="tiny", pixel_height=32, pixel_width=48).geometry()
+    module = RandomModels(model=TINY, seed=0, dtype=torch.float32).taehv()
+    networks = taehv_networks(module, geometry, precision="float32")
+    weights = WeightFile("vae_decoder.safetensors")
+    for network in networks:
+        write_tape(network, weights).write(tmp_path / f"{network.spec.name}.json")
+    weights.write(tmp_path)
+    io_tensors = IOTensors([network.spec for network in networks], torch.device("cpu"))
+    on_cpu = DeviceWeights(tmp_path, torch.device("cpu"))
+    latent = torch.randn(1, 6, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    clip = []
+    for network, chunk, output in zip(networks, latent.split(3, dim=1), ("pixels_first", "pixels"), strict=True):
+        engine = CudaEngine(on_cpu, network.spec, tmp_path / f"{network.spec.name}.json")
+        engine.bind(io_tensors)
+        io_tensors["latent"].copy_(chunk)
+        engine.enqueue()
+        clip.append(io_tensors[output].clone())
+    torch.testing.assert_close(torch.cat(clip, dim=1), decode(module, latent, [3, 3])[0], atol=1e-5, rtol=0)
 
 
 def test_clip_with_a_tiny_decoder_has_the_latents_of_any_and_pixels_of_its_own(
