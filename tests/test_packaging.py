@@ -78,7 +78,7 @@ def test_nothing_makes_the_namespace_a_package() -> None:
 
 def test_wheel_holds_the_packages_the_included_weights_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    sources = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    sources = {path for folder in FOLDERS for kind in ("*.py", "*.cu") for path in (ROOT / folder).rglob(kind)}
     expected = {f"causal_forcing/{path.relative_to(ROOT).as_posix()}" for path in sources}
     expected |= {f"causal_forcing/{name}/py.typed" for name in FOLDERS}
     provenance = json.loads((ROOT / WEIGHTS / "provenance.json").read_text(encoding="utf-8"))
