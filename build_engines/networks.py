@@ -41,6 +41,8 @@ from causal_forcing.build_engines.models.vae import (
     decoder_cache_shapes,
     encoder_cache_shapes,
 )
+from causal_forcing.build_engines.quantization.head_scales import CodeCacheAttention
+from causal_forcing.plugins.fp8_attention_ops import SLOT_GROUP
 from causal_forcing.runtime.spec import (
     FRAMES_PER_LATENT,
     DiTSpec,
@@ -81,8 +83,8 @@ def dit_networks(
         with_pair: Whether `dit_context_step` is among them.
     """
     spec = dit.spec
-    cross, caches = _cross_tensors(spec, geometry, precision), _cache_tensors(spec, geometry, precision)
-    written = tuple(IOTensor(name=f"{cache.name}_out", shape=cache.shape, dtype=precision) for cache in caches)
+    cross, caches = _cross_tensors(spec, geometry, precision), _cache_tensors(dit, geometry, precision)
+    written = tuple(replace(cache, name=f"{cache.name}_out") for cache in caches)
     states = tuple((out.name, cache.name) for out, cache in zip(written, caches, strict=True))
     latent = _latent(spec, geometry, precision)
     layer_modulation = IOTensor(name="layer_modulation", shape=(spec.num_layers, 6, spec.dim), dtype=precision)
@@ -283,9 +285,22 @@ def _cross_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[I
     return _per_layer("cross", spec.num_layers, shape, precision, suffix="")
 
 
-def _cache_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:
+def _cache_tensors(dit: CausalDiT, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:
+    """Name the KV caches; where attention takes codes, values are transposed (`fp8_attention_ops`)."""
+    spec = dit.spec
     shape = (geometry.batch, spec.num_heads, geometry.cache_slots, spec.head_dim)
-    return _per_layer("", spec.num_layers, shape, precision, suffix="cache")
+    columns = -(-geometry.cache_slots // SLOT_GROUP) * SLOT_GROUP
+    caches = _per_layer("", spec.num_layers, shape, precision, suffix="cache")
+    codes = (
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": "float8_e4m3fn", "shape": (*shape[:2], spec.head_dim, columns)},
+    )
+    return tuple(
+        replace(cache, **codes[index % 2])
+        if isinstance(dit.layers[index // 2].cache_attention, CodeCacheAttention)
+        else cache
+        for index, cache in enumerate(caches)
+    )
 
 
 def _per_layer(

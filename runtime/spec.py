@@ -439,7 +439,10 @@ class IOTensor:
     @property
     def bytes(self) -> int:
         """Size in memory."""
-        return self.elements * {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}[self.dtype]
+        return (
+            self.elements
+            * {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int32": 4, "int64": 8}[self.dtype]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

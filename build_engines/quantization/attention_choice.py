@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
-from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, query_factor
-from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize, power_of_two_scale
-from causal_forcing.build_engines.quantization.recipe import HEADROOM, SENSITIVE_ATTENTION_ERROR
-from causal_forcing.plugins import reference
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
+from causal_forcing.build_engines.quantization.head_scales import HeadScales
+from causal_forcing.build_engines.quantization.recipe import SENSITIVE_ATTENTION_ERROR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +27,12 @@ class AttentionChoice:
     """Whether it is in fp8."""
     error: float
     """RMS error of its output over the passes of a clip, relative to the output's RMS."""
-    scales: AttentionScales
+    scales: AttentionScales | HeadScales
     """How its inputs are quantised."""
 
     def fields(self) -> dict[str, Any]:
         """Return what the manifest records."""
-        return {"quantised": self.quantised, "error": round(self.error, 5), "scales": asdict(self.scales)}
-
-
-def attention_scales(attention: CacheAttention, peaks: torch.Tensor) -> AttentionScales:
-    """Return scales that fit what was seen: [3] largest magnitudes of queries, keys and values."""
-    q, k, v = peaks.float().cpu()
-    fitted = [float(power_of_two_scale(HEADROOM * peak)) for peak in (q * query_factor(attention.scale), k, v)]
-    return AttentionScales(q=fitted[0], k=fitted[1], v=fitted[2])
+        return {"quantised": self.quantised, "error": round(self.error, 5), "scales": self.scales.fields()}
 
 
 class AttentionErrors:
@@ -50,7 +42,7 @@ class AttentionErrors:
         scales: Layer name to the scales to try.
     """
 
-    def __init__(self, scales: Mapping[str, AttentionScales]) -> None:
+    def __init__(self, scales: Mapping[str, AttentionScales | HeadScales]) -> None:
         self._scales = scales
         self._squares = {name: torch.zeros(2, dtype=torch.float64) for name in scales}
 
@@ -78,16 +70,6 @@ class AttentionErrors:
 
     def _compare(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], outputs: Any) -> None:
         assert isinstance(module, CacheAttention), f"{name} is attention in the carrier type"
-        q, k, v, k_cache, v_cache, slots, valid_slots = args
-        scales, factor = self._scales[name], query_factor(module.scale)
-
-        def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
-            return fake_quantize(x, torch.tensor(scale, device=x.device))
-
-        got = reference.kv_cache_attention(
-            *(rounded(q * factor, scales.q), rounded(k, scales.k), rounded(v, scales.v)),
-            *(rounded(k_cache, scales.k), rounded(v_cache, scales.v), slots, valid_slots),
-            module.scale / factor,
-        )
+        got = self._scales[name].attend(module, *args)
         want = outputs[0].float()
         self._squares[name] += torch.stack([(got.float() - want).square().sum(), want.square().sum()]).double().cpu()

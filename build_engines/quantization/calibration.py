@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.quantization.attention_choice import AttentionErrors, attention_scales
+from causal_forcing.build_engines.quantization.attention_choice import AttentionErrors
 from causal_forcing.build_engines.quantization.flow_check import flow_error
+from causal_forcing.build_engines.quantization.head_scales import HeadObservation
 from causal_forcing.build_engines.quantization.linear_choice import choose_linears
-from causal_forcing.build_engines.quantization.observation import observed
+from causal_forcing.build_engines.quantization.observation import AttentionObservation, observed
 from causal_forcing.build_engines.quantization.passes import plan_passes, run_passes
 from causal_forcing.build_engines.quantization.prompts import embed_prompts
 from causal_forcing.build_engines.quantization.recipe import (
@@ -24,9 +26,13 @@ from causal_forcing.build_engines.quantization.recipe import (
 )
 from causal_forcing.runtime.config import EngineConfig
 
-ATTENTION_BACKENDS = ("onnxruntime", "tensorrt-rtx")
-"""Backends whose graphs quantise attention. TensorRT's plugin attends in the carrier type and would gain nothing;
-ONNX Runtime gains nothing either, but shows what TensorRT-RTX will."""
+ATTENTION_BACKENDS: Mapping[str, type[AttentionObservation] | type[HeadObservation]] = {
+    "onnxruntime": AttentionObservation,
+    "tensorrt-rtx": AttentionObservation,
+    "cuda": HeadObservation,
+}
+"""Backends that quantise attention, and what they need to know of it. TensorRT's plugin attends in the carrier type and
+would gain nothing; ONNX Runtime gains nothing either, but shows what TensorRT-RTX will."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +61,18 @@ def calibrate(source: ModelSource, config: EngineConfig, tokenizer: Path | None)
     dit: CausalDiT = source.dit().to(plan.device)
     groups = linear_groups(len(dit.layers))
     names = [f"blocks.{index}.cache_attention" for index in range(len(dit.layers))]
-    attention = names if config.backend in ATTENTION_BACKENDS else []
-    with observed(dit, groups, attention, expected_passes=plan.expected_passes(config)) as (inputs, attended):
+    kind = ATTENTION_BACKENDS.get(config.backend)
+    attention = names if kind is not None else []
+    with observed(
+        dit, groups, attention, kind or AttentionObservation, expected_passes=plan.expected_passes(config)
+    ) as (inputs, attended):
         passes = run_passes(dit, config, plan, embeds)
     linears = [
         choice for group, seen in zip(groups, inputs, strict=True) for choice in choose_linears(dit, group, seen)
     ]
     errors = AttentionErrors(
         {
-            name: attention_scales(dit.layers[index].cache_attention, seen.peaks)
+            name: seen.scales(dit.layers[index].cache_attention, HEADROOM)
             for index, (name, seen) in enumerate(zip(attention, attended, strict=True))
         }
     )

@@ -22,6 +22,7 @@ from torch import nn
 
 from causal_forcing.build_engines.models.dit import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize
+from causal_forcing.plugins import reference
 from causal_forcing.plugins.contract import DOMAIN
 from causal_forcing.plugins.torch_op import kv_cache_attention
 
@@ -36,6 +37,24 @@ class AttentionScales:
     """Of the keys, after RoPE."""
     v: float
     """Of the values."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return what the manifest records."""
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+    def attend(self, attention: CacheAttention, *args: torch.Tensor) -> torch.Tensor:
+        """Return what attention gives for rounded inputs; arguments as of `CacheAttention`, caches left alone."""
+        q, k, v, k_cache, v_cache, slots, valid_slots = args
+        factor = query_factor(attention.scale)
+
+        def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
+            return fake_quantize(x, torch.tensor(scale, device=x.device))
+
+        return reference.kv_cache_attention(
+            *(rounded(q * factor, self.q), rounded(k, self.k), rounded(v, self.v)),
+            *(rounded(k_cache, self.k), rounded(v_cache, self.v), slots, valid_slots),
+            attention.scale / factor,
+        )
 
 
 @torch.library.custom_op(f"{DOMAIN}::fp8_round", mutates_args=())

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, query_factor
+from causal_forcing.build_engines.quantization.fp8_linear import power_of_two_scale
+from causal_forcing.build_engines.quantization.head_scales import HeadObservation
 
 SAMPLE_ROWS = 512
 """Inputs that are kept of each group of linear layers, spread over all passes; their errors decide."""
@@ -55,24 +58,37 @@ class AttentionObservation:
         peaks = torch.stack([tensor.abs().amax().float() for tensor in args[:3]])
         self.peaks = torch.maximum(self.peaks.to(peaks.device), peaks)
 
+    def scales(self, attention: CacheAttention, headroom: float) -> AttentionScales:
+        """Return scales that fit what was seen."""
+        q, k, v = self.peaks.float().cpu()
+        factor = query_factor(attention.scale)
+        fitted = [float(power_of_two_scale(headroom * peak)) for peak in (q * factor, k, v)]
+        return AttentionScales(q=fitted[0], k=fitted[1], v=fitted[2])
+
 
 @contextmanager
 def observed(
-    dit: CausalDiT, groups: Sequence[tuple[str, ...]], attention: Sequence[str], *, expected_passes: int
-) -> Iterator[tuple[list[InputObservation], list[AttentionObservation]]]:
+    dit: CausalDiT,
+    groups: Sequence[tuple[str, ...]],
+    attention: Sequence[str],
+    kind: type[AttentionObservation] | type[HeadObservation],
+    *,
+    expected_passes: int,
+) -> Iterator[tuple[list[InputObservation], list[AttentionObservation | HeadObservation]]]:
     """Observe inputs for as long as the context lasts.
 
     Args:
         dit: The model.
         groups: Names of linear layers, each group with one input; the first of each is observed.
         attention: Names of attention modules.
+        kind: How attention is observed.
         expected_passes: Passes to come, about; decides how many inputs are kept of each.
 
     Yields:
         An observation of each group and one of each attention module, filled while passes run.
     """
     inputs = [InputObservation(max(1, -(-SAMPLE_ROWS // expected_passes))) for _ in groups]
-    attended = [AttentionObservation() for _ in attention]
+    attended: list[AttentionObservation | HeadObservation] = [kind() for _ in attention]
     hooks = [
         dit.get_submodule(group[0]).register_forward_pre_hook(seen) for group, seen in zip(groups, inputs, strict=True)
     ]

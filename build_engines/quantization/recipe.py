@@ -13,6 +13,7 @@ from torch import nn
 from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, QuantizedCacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear
+from causal_forcing.build_engines.quantization.head_scales import CodeCacheAttention, HeadScales
 from causal_forcing.runtime.errors import EngineDamagedError
 
 RECIPE_FILE = "quantization.safetensors"
@@ -63,7 +64,7 @@ class Recipe:
 
     linears: Mapping[str, InputScaling]
     """Name of a linear layer, such as `blocks.0.ffn.2`, to its scaling."""
-    attention: Mapping[str, AttentionScales] = field(default_factory=dict)
+    attention: Mapping[str, AttentionScales | HeadScales] = field(default_factory=dict)
     """Name of an attention module, such as `blocks.0.cache_attention`, to its scales."""
 
     def apply(self, dit: CausalDiT) -> None:
@@ -81,7 +82,12 @@ class Recipe:
         for name, scales in self.attention.items():
             attention = dit.get_submodule(name)
             assert isinstance(attention, CacheAttention), f"{name} is attention that nobody has quantised yet"
-            quantised[name] = QuantizedCacheAttention(attention, scales, like=dit.patch_embedding.weight)
+            like = dit.patch_embedding.weight
+            quantised[name] = (
+                CodeCacheAttention(attention, scales, like)
+                if isinstance(scales, HeadScales)
+                else QuantizedCacheAttention(attention, scales, like)
+            )
         return quantised
 
     def write(self, folder: Path) -> None:
@@ -91,7 +97,10 @@ class Recipe:
             if scaling.multiplier is not None:
                 tensors[f"{name}.multiplier"] = scaling.multiplier.clone()  # layers of one input share it, files not
         for name, scales in self.attention.items():
-            tensors[f"{name}.qkv"] = torch.tensor([scales.q, scales.k, scales.v])
+            if isinstance(scales, HeadScales):
+                tensors |= {f"{name}.heads": scales.scales, f"{name}.k_offset": scales.k_offset}
+            else:
+                tensors[f"{name}.qkv"] = torch.tensor([scales.q, scales.k, scales.v])
         save_file(tensors, folder / RECIPE_FILE)
 
 
@@ -112,13 +121,18 @@ def find_recipe(folder: Path) -> Recipe | None:
     def names(ending: str) -> list[str]:
         return [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
 
-    attention = {name: tensors[f"{name}.qkv"].tolist() for name in names(".qkv")}
+    attention: dict[str, AttentionScales | HeadScales] = {}
+    for name in names(".qkv"):
+        q, k, v = tensors[f"{name}.qkv"].tolist()
+        attention[name] = AttentionScales(q=q, k=k, v=v)
+    for name in names(".heads"):
+        attention[name] = HeadScales(scales=tensors[f"{name}.heads"], k_offset=tensors[f"{name}.k_offset"])
     return Recipe(
         linears={
             name: InputScaling(scale=float(tensors[f"{name}.scale"]), multiplier=tensors.get(f"{name}.multiplier"))
             for name in names(".scale")
         },
-        attention={name: AttentionScales(q=q, k=k, v=v) for name, (q, k, v) in attention.items()},
+        attention=attention,
     )
 
 

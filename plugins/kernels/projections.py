@@ -64,7 +64,7 @@ def place_projections_kernel(
         slot = token
         if HAS_SLOTS:
             slot = tl.load(slots_ptr + token // tokens_per_frame) + token % tokens_per_frame
-        stored = inside & (slot >= 0) & (slot < cache_slots)
+        stored = columns < tl.where((slot >= 0) & (slot < cache_slots), DIM, 0)
         place = batch * cache_batch + (columns // D) * cache_head + slot.to(tl.int64) * cache_row + columns % D
         if kind == 1:
             x = _normed_rotated(

@@ -15,6 +15,7 @@ from causal_forcing.build_engines.builder import BuildJob
 from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
 from causal_forcing.build_engines.quantization import attention_choice, calibration, linear_choice
 from causal_forcing.build_engines.quantization.calibration import Calibration
+from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
 from causal_forcing.build_engines.quantization.fp8_linear import E4M3_MAX, QuantizedLinear
 from causal_forcing.build_engines.quantization.passes import plan_passes, run_passes
 from causal_forcing.build_engines.quantization.prompts import embed_prompts
@@ -75,6 +76,7 @@ def test_scales_of_a_calibration_cover_all_that_its_passes_saw(
             largest[name], rel=1e-3, abs=1e-4
         )
     for name, scales in tiny_calibration.recipe.attention.items():
+        assert isinstance(scales, AttentionScales)
         assert largest[name] <= E4M3_MAX * scales.q
 
 
@@ -106,7 +108,7 @@ def test_calibration_where_every_layer_is_sensitive_quantises_nothing(
 def test_calibration_for_a_backend_with_a_plugin_leaves_attention_whole(
     calibrate_tiny: Callable[[], Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "ATTENTION_BACKENDS", ())
+    monkeypatch.setattr(calibration, "ATTENTION_BACKENDS", {})
     outcome = calibrate_tiny()
     assert not outcome.recipe.attention
     assert outcome.record["attention"] == {}
