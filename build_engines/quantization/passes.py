@@ -51,7 +51,7 @@ class PassPlan:
     """Where they run."""
 
     def expected_passes(self, config: EngineConfig) -> int:
-        """Return how many passes there will be, or a few more: a first chunk may take more steps than the others."""
+        """Return how many passes there will be, or a few more: a clip's last chunk, say, has no context pass."""
         return self.prompts * self.chunks * (plan_variant(config.variant).max_steps + 1)
 
     def fields(self) -> dict[str, Any]:
