@@ -117,6 +117,12 @@ def engine_loader(folder: Path, manifest: Manifest, device: torch.device) -> Cal
         from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 
         make = OnnxRuntimeEngine
+    elif manifest.config.backend == "cuda":
+        from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+        from causal_forcing.runtime.engines.kernel_cache import use_kernel_cache
+
+        use_kernel_cache(folder)
+        make = functools.partial(CudaEngine, DeviceWeights(folder, device))
     else:
         from causal_forcing.runtime.engines.torch_engine import TorchEngine
 
