@@ -79,9 +79,9 @@ def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
         if q.target is not ours.norm_rope.default or k.target is not ours.norm_rope.default:
             continue
         q_source, q_weight, cos, sin, heads, eps = q.args
-        k_source, k_weight, *_ = k.args
+        k_source, k_weight, *k_placement = k.args
         values = _before_heads(v)
-        if values is None:
+        if values is None or k_placement != [cos, sin, heads, eps]:
             continue
         batch, _, tokens, depth = node.meta["val"].shape
         with graph.inserting_before(node):
@@ -106,7 +106,7 @@ def fuse_norms(graph: fx.Graph, constants: Constants) -> None:
         if node.target is ours.modulated_norm.default:
             total, shift, scale, eps = node.args
             weight = bias = None
-        elif node.target is aten.layer_norm.default and len(node.args) >= 5:
+        elif node.target is aten.layer_norm.default and len(node.args) >= 5 and len(node.args[1]) == 1:
             total, _, weight, bias, eps = node.args[:5]
             shift = scale = None
         else:
