@@ -69,8 +69,14 @@ def norm_conv_in_place(
     bias: torch.Tensor,
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Run `vae_norm_conv_in_place`; None for what the kernels do not take, or other memory of the past."""
-    return _norm_conv(x, past, past, gamma, weight, bias, residual) if _is_channels_last(past) else None
+    """Run `vae_norm_conv_in_place`; None for what the kernels do not take. Best on a past that is channels-last."""
+    if _is_channels_last(past):
+        return _norm_conv(x, past, past, gamma, weight, bias, residual)
+    result = norm_conv(x, past, gamma, weight, bias, residual)
+    if result is None:
+        return None
+    past.copy_(result[1])
+    return result[0]
 
 
 def _norm_conv(
