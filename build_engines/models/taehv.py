@@ -8,8 +8,8 @@ Inside, tensors are frames [T·B, C, H, W] with time outermost: the frame before
 ones needs to know what is time and what is clip.
 
 Source of the maths: madebyollin/taehv@1f14a56 taehv.py (TAEHV, decode_video). We differ in form only: a chunk is
-decoded at once, upsampling follows the 1×1 convolution that it commutes with, and the frames that a clip's first latent
-gives too many are dropped before the last convolutions instead of after.
+decoded at once, upsampling follows the 1×1 convolution that it commutes with, and the last layers, most of whose time
+went into copying what they upsampled, run before the last upsampling (`Finish`).
 """
 
 from __future__ import annotations
@@ -107,15 +107,13 @@ class Grow(nn.Module):
         self.rate = 2 if in_time else 1
         self.conv = nn.Conv2d(width, self.rate * width, 1, bias=False)
 
-    def forward(self, frames: torch.Tensor, batch: int, dropped: int = 0) -> torch.Tensor:
-        """Return [T'·B, C, 2H, 2W] for `frames` [T·B, C, H, W], without the first `dropped` of the new frames."""
+    def forward(self, frames: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return [T'·B, C, 2H, 2W] for `frames` [T·B, C, H, W]."""
         # The convolution looks at one position alone: before the upsampling it is the same at a quarter of the work.
         y: torch.Tensor = self.conv(frames)
         if self.rate > 1:  # the earlier frame's channels, then the later frame's
             y = torch.unflatten(torch.unflatten(y, 1, (self.rate, -1)), 0, (-1, batch)).transpose(1, 2).flatten(0, 2)
             y = channels_last(y)
-        if dropped:
-            y = y[dropped * batch :]
         return F.interpolate(y, scale_factor=2.0, mode="nearest")
 
 
@@ -135,6 +133,64 @@ class TAEHV(nn.Module):
         self.decoder = nn.ModuleList(layers)
 
 
+class Finish(nn.Module):
+    """The layers behind the last block, from its frames to pixels, at its resolution.
+
+    Frame rate, height and width double here, with nothing but linear layers up to the ReLU behind them: they are one
+    convolution for each of the two new frames, which gives the four pixels of a 2×2 square as channels. The last
+    convolution reads and writes such squares too. Nothing of full resolution is made but the pixels.
+
+    Args:
+        grow: Doubles the frame rate.
+        widen: The convolution behind it and the upsampling, without bias.
+        head: The convolution behind the ReLU.
+    """
+
+    def __init__(self, grow: nn.Module, widen: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(grow, Grow), f"TAEHV ends with a Grow, not a {type(grow).__name__}"
+        assert isinstance(widen, nn.Conv2d), f"then has a convolution, not a {type(widen).__name__}"
+        assert isinstance(head, nn.Conv2d), f"and ends in another, not a {type(head).__name__}"
+        assert widen.bias is None, "what is merged has no bias"
+        assert head.bias is not None, "the last convolution has a bias"
+        dtype, squares = head.weight.dtype, _square_taps(head.weight.device)
+        # [frame, out, in, ky, kx] at full resolution, and for each tap and pixel of a square the tap that reads it.
+        merged = torch.einsum(
+            "omyx,smc->socyx", widen.weight.float(), torch.unflatten(grow.conv.weight.float()[..., 0, 0], 0, (2, -1))
+        )
+        from_cells = squares.sum(2)
+        cells = torch.einsum("eyk,dxl,sockl->sedocyx", from_cells, from_cells, merged).flatten(1, 3)
+        pixels = (
+            torch.einsum("eypk,dxql,ockl->oedpqcyx", squares, squares, head.weight.float()).flatten(3, 5).flatten(0, 2)
+        )
+        self.frames = nn.ParameterList([nn.Parameter(weight.to(dtype), requires_grad=False) for weight in cells])
+        self.weight = nn.Parameter(pixels.to(dtype), requires_grad=False)
+        self.bias = nn.Parameter(head.bias.repeat_interleave(4), requires_grad=False)
+
+    def forward(self, frames: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return [2T·B, 3, 2H, 2W], about [0, 1], for `frames` [T·B, C, H, W]."""
+        both = [
+            torch.unflatten(
+                F.conv2d(F.relu(F.conv2d(frames, weight, padding=1)), self.weight, self.bias, padding=1), 0, (-1, batch)
+            )
+            for weight in self.frames
+        ]
+        return F.pixel_shuffle(torch.stack(both, dim=1).flatten(0, 2), 2)
+
+
+def _square_taps(device: torch.device) -> torch.Tensor:
+    """Return [2, 3, 2, 3]: where a tap of a convolution along one axis lands once pixels are pairs in a cell.
+
+    One at [pixel that is written, tap over cells, pixel of that cell, tap over pixels], else zero.
+    """
+    taps = torch.zeros(2, 3, 2, 3)
+    for pixel in range(2):
+        for tap in range(3):
+            cell, read = divmod(pixel + tap - 1, 2)
+            taps[pixel, cell + 1, read, tap] = 1.0
+    return taps.to(device)
+
+
 class _DecoderNetwork(nn.Module):
     """The decoder, with the latents' statistics where it takes latents that are not normalised.
 
@@ -147,8 +203,9 @@ class _DecoderNetwork(nn.Module):
     def __init__(self, taehv: TAEHV, latent_scale: LatentScale | None) -> None:
         super().__init__()
         self.latent_scale = latent_scale
-        self.decoder = taehv.decoder
-        self.last_grow = max(index for index, layer in enumerate(self.decoder) if isinstance(layer, Grow))
+        *layers, _, grow, widen, _, head = taehv.decoder
+        self.layers = nn.ModuleList(layers)
+        self.finish = Finish(grow, widen, head)
 
     def decode(self, latent_chunk: torch.Tensor, past: Sequence[torch.Tensor] | None) -> Tensors:
         """Return pixels [B, T, 3, H, W] and the collected memories."""
@@ -156,16 +213,16 @@ class _DecoderNetwork(nn.Module):
         memory = FrameMemory(past, batch)
         z = latent_chunk if self.latent_scale is None else self.latent_scale.denormalise(latent_chunk)
         frames = channels_last(z.transpose(0, 1).flatten(0, 1))
-        # The clip's first latent frame stands for one frame of pixels: the last one of the four it gives.
-        dropped = FRAMES_PER_LATENT - 1 if memory.clip_starts else 0
-        for index, layer in enumerate(self.decoder):
+        for layer in self.layers:
             if isinstance(layer, MemoryBlock):
                 frames = layer(frames, memory)
             elif isinstance(layer, Grow):
-                frames = layer(frames, batch, dropped if index == self.last_grow else 0)
+                frames = layer(frames, batch)
             else:
                 frames = layer(frames)
-        pixels = frames * 2 - 1  # [0, 1] to [−1, 1]
+        # The clip's first latent frame stands for one frame of pixels: the last one of the four it gives.
+        pairs, odd = divmod(FRAMES_PER_LATENT - 1 if memory.clip_starts else 0, 2)
+        pixels = self.finish(frames[pairs * batch :], batch)[odd * batch :] * 2 - 1  # [0, 1] to [−1, 1]
         return torch.unflatten(pixels, 0, (-1, batch)).transpose(0, 1), *memory.updated()
 
 

@@ -207,7 +207,7 @@ def test_tapes_of_a_tiny_decoder_played_equal_their_modules(tmp_path: Path) -> N
     on_cpu = DeviceWeights(tmp_path, torch.device("cpu"))
     latent = torch.randn(1, 6, 16, 4, 6, generator=torch.Generator().manual_seed(0))
     clip = []
-    for network, chunk, output in zip(networks, latent.split(3, dim=1), ("pixels_first", "pixels"), strict=True):
+    for network, chunk, output in zip(networks, torch.split(latent, 3, dim=1), ("pixels_first", "pixels"), strict=True):
         engine = CudaEngine(on_cpu, network.spec, tmp_path / f"{network.spec.name}.json")
         engine.bind(io_tensors)
         io_tensors["latent"].copy_(chunk)
