@@ -101,8 +101,20 @@ __device__ __forceinline__ u32 pack(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
     return pair;
 }
-__device__ __forceinline__ u32 add(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
-__device__ __forceinline__ u32 subtract(u32 a, u32 b) { return pack(low(a) - low(b), high(a) - high(b)); }
+__device__ __forceinline__ float silu(float x) {
+    float power, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+    return x * inverse;
+}
+__device__ __forceinline__ u32 add(u32 a, u32 b) {
+    asm("add.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    return a;
+}
+__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    return a;
+}
 __device__ __forceinline__ uint4 add(uint4 a, uint4 b) {
     return make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
 }
@@ -489,7 +501,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 // scale:  [C], on the normalised vector
 // planes: as vae_conv reads them; positions of no pixel become 0
 // cache:  [2][H][W][C], the last two frames after SiLU; it may be `past` itself
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+extern "C" __global__ void __launch_bounds__(NORM_THREADS, 3)
     vae_norm(const u16* x, const u16* past, const u16* scale, u16* planes, u16* cache, int frames, int height, int width,
              int channels, int plane) {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -507,6 +519,11 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     const u64 frame_size = (u64)height * width * channels;
     const uint4 zero = make_uint4(0, 0, 0, 0);
     const float root = sqrtf((float)channels);
+    const int position = threadIdx.x % positions, first_chunk = threadIdx.x / positions; // that it writes to planes
+    const u64 product = (u64)channels * plane;
+    uint4 scales[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) scales[i] = *(const uint4*)(scale + (part + i * threads) * 8);
 
 #pragma unroll
     for (int frame = 0; frame < 2; frame++) {
@@ -545,13 +562,12 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) {
                 const int c = i * threads * 8;
-                const uint4 scale8 = *(const uint4*)(scale + part * 8 + c);
-                const u32 s[4] = {scale8.x, scale8.y, scale8.z, scale8.w};
+                const u32 s[4] = {scales[i].x, scales[i].y, scales[i].z, scales[i].w};
                 u32 v[4] = {values[which][i].x, values[which][i].y, values[which][i].z, values[which][i].w};
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float a = low(v[j]) * factor * low(s[j]), b = high(v[j]) * factor * high(s[j]);
-                    v[j] = pack(a / (1.0f + __expf(-a)), b / (1.0f + __expf(-b)));
+                    v[j] = pack(silu(a), silu(b));
                 }
                 const uint4 value = make_uint4(v[0], v[1], v[2], v[3]);
                 const int kept = frame - (frames - 2);
@@ -562,18 +578,17 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
         __syncthreads();
         const unsigned char *d0 = memory + ((2 * pair) & 3) * slot, *d1 = memory + ((2 * pair + 1) & 3) * slot;
         const unsigned char *d2 = memory + ((2 * pair + 2) & 3) * slot, *d3 = memory + ((2 * pair + 3) & 3) * slot;
-        for (int item = threadIdx.x; item < positions * channels / 8; item += NORM_THREADS) {
-            const int position = item % positions, c8 = item / positions;
-            if (first + position >= plane) continue;
-            const int offset = position * row + c8 * 16;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const int c8 = first_chunk + i * threads, offset = position * row + c8 * 16;
             const uint4 v0 = *(const uint4*)(d0 + offset), v1 = *(const uint4*)(d1 + offset);
             const uint4 v2 = *(const uint4*)(d2 + offset), v3 = *(const uint4*)(d3 + offset);
+            if (first + position >= plane) continue;
             u16* to = planes + (((u64)pair * channels / 2 + c8) * plane + first + position) * 8;
-            const u64 next = (u64)channels * plane;
             *(uint4*)to = add(v1, v2);
-            *(uint4*)(to + next) = subtract(v2, v1);
-            *(uint4*)(to + 2 * next) = subtract(v0, v2);
-            *(uint4*)(to + 3 * next) = subtract(v3, v1);
+            *(uint4*)(to + product) = subtract(v2, v1);
+            *(uint4*)(to + 2 * product) = subtract(v0, v2);
+            *(uint4*)(to + 3 * product) = subtract(v3, v1);
         }
         __syncthreads();
     }
