@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_kernels import FP8_KERNELS, KERNELS, Case, UnavailableError
-from benchmarks.conditions import describe_machine
+from benchmarks.conditions import describe_machine, device_slug
 from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import significant
 from benchmarks.timing import time_calls
@@ -76,7 +76,7 @@ def main() -> None:
         },
         "cases": cases,
     }
-    write_record(record, arguments.output, device=device)
+    write_record(record, arguments.output, device=device_slug(device))
 
 
 def make_case(

@@ -6,7 +6,7 @@ Each is a function of a `Case` that returns the call to time, or raises `Unavail
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +96,36 @@ def sdpa(backend: SDPBackend) -> Callable[[Case], Call]:
 
 
 def hopper(case: Case) -> Call:
-    """Run this project's kernel for Hopper, in the type of the inputs."""
-    return _hopper(case, "attend")
+    """Run this project's kernel for Hopper, in the type of the inputs; the keys lie in the cache already."""
+    launch = _hopper(case)
+    k_cache, v_cache, valid, out = case.k_cache, case.v_cache, case.valid_slots, torch.empty_like(case.q)
+    _check_accepted(launch, case.q, k_cache, v_cache, valid, out)
+    workspace = _workspace(launch, case.q.device)
+
+    def call() -> torch.Tensor:
+        launch.attend(case.q, k_cache, v_cache, valid, out, workspace, scale=case.scale)
+        return out
+
+    return call
 
 
 def hopper_fp8(case: Case) -> Call:
-    """Run this project's fp8 kernel for Hopper."""
-    return _hopper(case, "attend_fp8")
+    """Run this project's fp8 kernel for Hopper: scales of 1, which random normal numbers fit."""
+    launch = _hopper(case)
+    q, k_cache, v_cache = (tensor.to(torch.float8_e4m3fn) for tensor in (case.q, case.k_cache, case.v_cache))
+    # As bytes: torch has not every operation for e4m3.
+    v_cache = launch.split_v(v_cache.view(torch.uint8)).view(torch.float8_e4m3fn)
+    valid, out = case.valid_slots, torch.empty_like(case.q)
+    _check_accepted(launch, q, k_cache, v_cache, valid, out)
+    workspace = _workspace(launch, q.device)
+    ones = torch.ones(q.shape[1], device=q.device)
+    factors = ones * (case.scale * math.log2(math.e))
+
+    def call() -> torch.Tensor:
+        launch.attend_fp8(q, k_cache, v_cache, valid, out, workspace, factors=factors, value_scales=ones)
+        return out
+
+    return call
 
 
 def flash_attention_cute(case: Case) -> Call:
@@ -154,9 +177,20 @@ def _first(result: Any) -> torch.Tensor:
     return out
 
 
-def _hopper(case: Case, function: str) -> Call:
-    launch = _import("causal_forcing.plugins.kernels.hopper_launch")
-    raise UnavailableError(f"{function} of {launch.__name__} is not wired yet")
+def _hopper(case: Case) -> Any:
+    if not case.q.is_cuda:
+        raise UnavailableError("it is for GPUs")
+    return _import("causal_forcing.plugins.kernels.hopper_launch")
+
+
+def _check_accepted(launch: Any, *tensors: torch.Tensor) -> None:
+    if not launch.accepts(*tensors, capability=torch.cuda.get_device_capability(tensors[0].device)):
+        raise UnavailableError("it does not take this GPU, type, or shape")
+
+
+def _workspace(launch: Any, device: torch.device) -> torch.Tensor:
+    size = launch.workspace_bytes(launch.count_programs(device.index or 0))
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _cudnn(case: Case, *, fp8: bool) -> Call:

@@ -15,9 +15,6 @@ import torch
 
 from causal_forcing.runtime.config import EngineConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-"""The checkout."""
-
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Describe the device and the libraries on it."""
@@ -86,15 +83,3 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def head_commit(folder: Path = ROOT) -> str | None:
-    """Return the commit that is checked out in a folder; `+changes` says that files differ from it."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=folder, capture_output=True, check=False)
-    except OSError:  # no git here
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changed.returncode == 1 else "")

@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.checkout import ROOT, head_commit
 from benchmarks.clips import TimedSession, dit_ms, frames_of, summarise
 from benchmarks.cold_start import measure_cold_start
-from benchmarks.conditions import ROOT, describe_engine, describe_machine, head_commit
+from benchmarks.conditions import describe_engine, describe_machine, device_slug
 from benchmarks.module_engines import cut_modules, module_engines
 from benchmarks.peers import PEERS, ClipMaker, Runner, run_interleaved
 from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import ratios, significant, spread
 from benchmarks.subject import add_engine_arguments, engine_folder, peer_job
-from benchmarks.upstream import UpstreamPeer, check_clone
+from benchmarks.upstream import UpstreamPeer
+from benchmarks.upstream_modules import check_clone
 from causal_forcing.build_engines.builder import BuildJob
 from causal_forcing.runtime.loading import engine_device, load_engines
 from causal_forcing.runtime.manifest import Manifest, read_manifest
@@ -68,7 +70,7 @@ def main() -> None:
         "runs": [describe_run(runner) for runner in runners],
         "ratios": compare(runners, same_weights=manifest.config.weights.startswith("random:")),
     }
-    write_record(record, arguments.output, device=device)
+    write_record(record, arguments.output, device=device_slug(device))
     failed = [runner.name for runner in runners if runner.error]
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}; see above")

@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.conditions import device_name, head_commit
+from benchmarks.checkout import head_commit
+from benchmarks.conditions import device_name
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networks, export_onnx
 from causal_forcing.build_engines.model_loading import HollowModels
 from causal_forcing.build_engines.planner import make_job

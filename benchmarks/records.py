@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.conditions import ROOT, device_slug, head_commit
+from benchmarks.checkout import ROOT, head_commit
 
 RESULTS = ROOT / "benchmarks" / "results"
 """Records that the documentation quotes."""
@@ -21,22 +19,28 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", default=head_commit(), help="commit to record; by default the checkout's")
 
 
-def write_record(record: dict[str, Any], folder: Path | None, *, device: torch.device) -> None:
-    """Print a record, and write it as benchmark-slug-backend-device.json where a folder is given."""
+def write_record(record: dict[str, Any], folder: Path | None, *, device: str) -> None:
+    """Print a record, and write it as benchmark-slug-backend-device.json where a folder is given.
+
+    Args:
+        record: What was measured, with its conditions.
+        folder: Where to keep it; None prints it alone.
+        device: From `conditions.device_slug`.
+    """
     print(json.dumps(record, indent=1))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / record_name(record, device)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def record_name(record: dict[str, Any], device: torch.device) -> str:
+def record_name(record: dict[str, Any], device: str) -> str:
     """Return the file name of a record; a precision other than the device's usual one is part of it."""
     conditions = record["conditions"]
     words = [record["benchmark"], *(conditions[key] for key in ("slug", "backend") if key in conditions)]
-    usual = "bf16" if device.type == "cuda" else "fp32"
+    usual = "fp32" if device == "cpu" else "bf16"
     if conditions["precision"] != usual:
         words.append(conditions["precision"])
-    return "-".join((*words, device_slug(device))) + ".json"
+    return "-".join((*words, device)) + ".json"
 
 
 def read_records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.conditions import ROOT
+from benchmarks.checkout import ROOT
 from benchmarks.records import RESULTS
 from benchmarks.tables import TABLES, make_table
 

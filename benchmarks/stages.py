@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.conditions import describe_engine, describe_machine
+from benchmarks.conditions import describe_engine, describe_machine, device_slug
 from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import percentiles, significant
 from benchmarks.subject import SEED, add_engine_arguments, engine_folder, peer_job
@@ -63,7 +63,7 @@ def main() -> None:
         },
         "networks": networks,
     }
-    write_record(record, arguments.output, device=device)
+    write_record(record, arguments.output, device=device_slug(device))
 
 
 def fills(geometry: Geometry) -> list[int]:

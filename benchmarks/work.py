@@ -34,6 +34,13 @@ class Work:
         """All of them."""
         return self.linear + self.attention + self.convolution
 
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            linear=self.linear + other.linear,
+            attention=self.attention + other.attention,
+            convolution=self.convolution + other.convolution,
+        )
+
     def floor_ms(self, rates: Rates) -> float:
         """Return the time that the work takes at these rates, one kind after the other."""
         parts = (self.linear / rates.linear, self.attention / rates.attention, self.convolution / rates.convolution)
@@ -82,7 +89,11 @@ def count_work(job: BuildJob, config: EngineConfig, valid_slots: int) -> dict[st
         valid_slots: Cache slots that a pass attends to, its own included.
     """
     hollow = HollowModels(model=config.variant.model, dtype=getattr(torch, config.dtype))
-    return {network.spec.name: _count(network, valid_slots) for network in cut_networks(replace(job, source=hollow))}
+    work = {network.spec.name: _count(network, valid_slots) for network in cut_networks(replace(job, source=hollow))}
+    if {"dit_step", "dit_context"} <= set(work):
+        # Both in one pass, where an engine has that.
+        work["dit_context_step"] = work["dit_step"] + work["dit_context"]
+    return work
 
 
 def _count(network: Network, valid_slots: int) -> Work:

@@ -47,7 +47,7 @@ def results(tmp_path: Path) -> Path:
         "precision": "bf16",
         "fps": {"min": 30.0, "median": 31.25, "max": 32.0, "n": 3},
         "first_frames_ms": spread(123.4),
-        "last_dit_step_ms": spread(55.5),
+        "late_dit_step_ms": spread(55.5),
         "stages_ms": {"denoise": percentiles(44.4)},
     }
     latency = {
