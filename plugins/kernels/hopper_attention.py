@@ -18,9 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from causal_forcing.plugins.kernels.hopper_schedule import count_blocks, find_part, measure, plan_program
+from causal_forcing.plugins.kernels.hopper_schedule import (
+    count_blocks,
+    find_part,
+    measure,
+    plan_program,
+    store_schedule,
+)
 
-SIZES = ("segment_tokens", "row_tiles", "heads", "q_head_row", "q_head_column", "cache_slots", "value_rows", "programs")
+SIZES = ("segment_tokens", "row_tiles", "heads", "q_head_row", "q_head_column", "cache_slots", "value_rows")
 """Parameters whose values change nothing in the code."""
 D = gl.constexpr(128)
 ROWS = gl.constexpr(64)
@@ -311,6 +317,7 @@ def attention_kernel(
     v_desc,
     valid_ptr,
     out_ptr,
+    schedule_ptr,
     pieces_ptr,
     statistics_ptr,
     factors_ptr,
@@ -332,6 +339,7 @@ def attention_kernel(
     """Attend all queries; what programs share of a tile is left to `combine_kernel`."""
     sizes = measure(valid_ptr, cache_slots, row_tiles * heads, SEGMENTS, KEYS)
     plan = plan_program(gl.program_id(0), gl.num_programs(0), sizes)
+    store_schedule(schedule_ptr, plan, sizes)
     value_columns = 1 if FP8 else 0
     places = (q_head_row, q_head_column, value_rows, value_columns)
     geometry = (SEGMENTS, segment_tokens, row_tiles, cache_slots)

@@ -1,69 +1,84 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""What several programs of `hopper_attention` found for one tile, made one result by a second kernel."""
+"""What several programs of `hopper_attention` found for one tile, made one result by a second kernel.
+
+The first kernel leaves its schedule in the workspace, as int32: how many whole rounds of tiles went one to a program,
+the blocks of a tile of the last segment and of the one before it, and then, for each program and for the end, the
+first of the units left over from these rounds that the program worked on.
+"""
 
 from __future__ import annotations
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+import triton
+import triton.language as tl
 
-from causal_forcing.plugins.kernels.hopper_attention import KEYS, ROWS, SIZES, D, attention_kernel, store_rows
-from causal_forcing.plugins.kernels.hopper_schedule import count_rounds, measure, run_start, units_before
+SCHEDULE_HEADER = tl.constexpr(3)
+"""Numbers before the first program's."""
+PIECES = tl.constexpr(4)
+"""Pieces that are loaded at a time, as one alone would leave the kernel to wait for memory."""
+FAR = tl.constexpr(2**31 - 1)
 
-__all__ = ["attention_kernel", "combine_kernel"]
+
+@triton.jit
+def units_before(tile, segment_tiles, first_blocks, second_blocks):
+    """Return how many units the tiles before this one have."""
+    return tl.minimum(tile, segment_tiles) * first_blocks + tl.maximum(tile - segment_tiles, 0) * second_blocks
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@triton.jit
+def find_piece(program, last_program, runs_ptr, tile_start, lane, TILE: tl.constexpr):
+    """Return the lines of the workspace where a program left a tile's rows, and whether it did."""
+    start = tl.load(runs_ptr + program, mask=program <= last_program, other=FAR)
+    end = tl.load(runs_ptr + program + 1, mask=program <= last_program, other=FAR)
+    slot = program * 2 + tl.where(start <= tile_start, 1, 0)
+    return slot * TILE + lane, lane * 0 + start < end
+
+
+@triton.jit(do_not_specialize=("programs", "segment_tokens", "row_tiles", "heads"))
 def combine_kernel(
-    valid_ptr,
-    out_ptr,
-    pieces_ptr,
-    statistics_ptr,
-    value_scales_ptr,
-    programs,
-    segment_tokens,
-    row_tiles,
-    heads,
-    cache_slots,
-    out_head,
-    out_row,
-    SEGMENTS: gl.constexpr,
-    FP8: gl.constexpr,
-    LINES: gl.constexpr,
-    MAX_PROGRAMS: gl.constexpr,
-):
-    """Combine the pieces of one tile, for some of its queries, if there are any."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    schedule_ptr, out_ptr, pieces_ptr, statistics_ptr, value_scales_ptr,
+    programs, segment_tokens, row_tiles, heads, out_head, out_row,
+    SEGMENTS: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Combine the pieces of one tile, for some of its queries, if there is more than one."""
     segment_tiles = row_tiles * heads
-    sizes = measure(valid_ptr, cache_slots, segment_tiles, SEGMENTS, KEYS)
-    rounds = count_rounds(programs, sizes)
-    tile = rounds * programs + gl.program_id(0)
-    base = units_before(rounds * programs, sizes)
-    start = units_before(tile, sizes) - base
-    end = units_before(tile + 1, sizes) - base
-    others = 1 + gl.arange(0, MAX_PROGRAMS, gl.BlockedLayout([1], [32], [4], [0]))
-    starts = run_start(others, programs, rounds, sizes)
-    first_program = gl.sum(((others < programs) & (starts <= start)).to(gl.int32), 0)
-    last_program = gl.sum(((others < programs) & (starts < end)).to(gl.int32), 0)
+    rounds = tl.load(schedule_ptr)
+    first_blocks = tl.load(schedule_ptr + 1)
+    second_blocks = tl.load(schedule_ptr + 2)
+    runs_ptr = schedule_ptr + SCHEDULE_HEADER
+    tile = rounds * programs + tl.program_id(0)
+    base = units_before(rounds * programs, segment_tiles, first_blocks, second_blocks)
+    start = units_before(tile, segment_tiles, first_blocks, second_blocks) - base
+    end = units_before(tile + 1, segment_tiles, first_blocks, second_blocks) - base
+    every = tl.arange(0, MAX_PROGRAMS)
+    starts = tl.load(runs_ptr + every, mask=every < programs, other=FAR)
+    first_program = tl.sum((starts <= start).to(tl.int32), 0) - 1
+    last_program = tl.sum((starts < end).to(tl.int32), 0) - 1
     if (tile < segment_tiles * SEGMENTS) & (first_program < last_program):
-        lane = gl.program_id(1) * LINES + gl.arange(0, LINES, by_row)
-        column = gl.arange(0, D, gl.SliceLayout(0, layout))
-        top = gl.full([LINES], float("-inf"), gl.float32, by_row)
-        total = gl.full([LINES], 0.0, gl.float32, by_row)
-        acc = gl.zeros([LINES, D], gl.float32, layout)
-        for program in range(first_program, last_program + 1):
-            own_start = run_start(program, programs, rounds, sizes)
-            if own_start < run_start(program + 1, programs, rounds, sizes):
-                line = (program * 2 + gl.where(own_start <= start, 1, 0)) * (2 * ROWS) + lane
-                piece_top = gl.load(statistics_ptr + line * 2)
-                new_top = gl.maximum(top, piece_top)
-                decay = gl.exp2(top - new_top)
-                weight = gl.exp2(piece_top - new_top)
-                top = new_top
-                total = total * decay + gl.load(statistics_ptr + line * 2 + 1) * weight
-                piece = gl.load(pieces_ptr + line[:, None] * D + column[None, :])
-                acc = acc * decay[:, None] + piece * weight[:, None]
+        lane = tl.program_id(1) * LINES + tl.arange(0, LINES)
+        column = tl.arange(0, D)
+        top = tl.full([LINES], float("-inf"), tl.float32)
+        for some in range(first_program, last_program + 1, PIECES):
+            for i in tl.static_range(PIECES):
+                line, there = find_piece(some + i, last_program, runs_ptr, start, lane, TILE)
+                top = tl.maximum(top, tl.load(statistics_ptr + line * 2, mask=there, other=float("-inf")))
+        total = tl.zeros([LINES], tl.float32)
+        weighted = tl.zeros([LINES, D], tl.float32)
+        for some in range(first_program, last_program + 1, PIECES):
+            for i in tl.static_range(PIECES):
+                line, there = find_piece(some + i, last_program, runs_ptr, start, lane, TILE)
+                piece_top = tl.load(statistics_ptr + line * 2, mask=there, other=float("-inf"))
+                piece_total = tl.load(statistics_ptr + line * 2 + 1, mask=there, other=0.0)
+                piece = tl.load(pieces_ptr + line[:, None] * D + column[None, :], mask=there[:, None], other=0.0)
+                weight = tl.exp2(piece_top - top)
+                total += piece_total * weight
+                weighted += piece * weight[:, None]
         head = tile % segment_tiles // row_tiles
         segment = SEGMENTS - 1 - tile // segment_tiles
-        token = tile % row_tiles * (2 * ROWS) + lane
-        store_rows(acc, total, token, segment, head, segment_tokens, out_ptr, out_head, out_row, value_scales_ptr, FP8)
+        token = tile % row_tiles * TILE + lane
+        inverse = 1.0 / total
+        if FP8:
+            inverse *= tl.load(value_scales_ptr + head)
+        row = (segment * segment_tokens + token).to(tl.int64) * out_row + head.to(tl.int64) * out_head
+        result = (weighted * inverse[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] + column[None, :], result, mask=(token < segment_tokens)[:, None])

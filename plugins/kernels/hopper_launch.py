@@ -29,10 +29,10 @@ _ALIGNED_BYTES = 16
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """Import the module of both kernels; None where Triton is missing or too old for them."""
+def _attention() -> ModuleType | None:
+    """Import the first kernel; None where Triton is missing or too old for it."""
     try:
-        return importlib.import_module("causal_forcing.plugins.kernels.hopper_combine")
+        return importlib.import_module("causal_forcing.plugins.kernels.hopper_attention")
     except (ImportError, AttributeError):
         return None
 
@@ -44,8 +44,12 @@ def count_programs(device: int) -> int:
 
 
 def workspace_bytes(programs: int) -> int:
-    """Return the size of the workspace: for each program two pieces of a tile, with a maximum and a sum a query."""
-    return programs * 2 * TILE_QUERIES * (HEAD_DIM + 2) * 4
+    """Return the size of the workspace.
+
+    For each program it holds two pieces of a tile, with a maximum and a sum for each query, and its part of the
+    schedule.
+    """
+    return programs * 2 * TILE_QUERIES * (HEAD_DIM + 2) * 4 + (programs + 4) * 4
 
 
 def split_v(values: torch.Tensor, *, columns: int | None = None) -> torch.Tensor:
@@ -104,7 +108,7 @@ def accepts(
         and out.stride(3) == 1
         and _loads_queries(q)
         and all(tensor.data_ptr() % _ALIGNED_BYTES == 0 for tensor in (q, k_cache, v_cache))
-        and _kernels() is not None
+        and _attention() is not None
     )
 
 
@@ -182,15 +186,19 @@ def _launch(
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    kernels = _kernels()
+    from causal_forcing.plugins.kernels.hopper_combine import combine_kernel
+
+    kernels = _attention()
     assert kernels is not None, "attention for Hopper needs Triton 3.6 or newer; ask accepts() first"
     _, heads, tokens, _ = q.shape
     segments, slots = valid.shape[0], k_cache.shape[2]
     segment_tokens = tokens // segments
     row_tiles = -(-segment_tokens // TILE_QUERIES)
     programs = count_programs(q.device.index)
-    floats = workspace.view(torch.float32)
-    pieces, statistics = floats, floats[programs * 2 * TILE_QUERIES * HEAD_DIM :]
+    lines = programs * 2 * TILE_QUERIES
+    pieces = workspace.view(torch.float32)
+    statistics = pieces[lines * HEAD_DIM :]
+    schedule = statistics[lines * 2 :].view(torch.int32)
     factors, value_scales = head_scales or (statistics, statistics)  # in the second case never read
 
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=q.itemsize * 8, rank=2)
@@ -206,22 +214,26 @@ def _launch(
         TensorDescriptor(q, q_shape, [q_row, 1], [TILE_QUERIES // 2, HEAD_DIM], layout),
         TensorDescriptor(k_cache, [heads * slots, HEAD_DIM], [HEAD_DIM, 1], block, layout),
         TensorDescriptor(v_cache, [heads * v_rows, v_width], [v_width, 1], block, layout),
-        *(valid, out, pieces, statistics, factors, value_scales, scale),
+        *(valid, out, schedule, pieces, statistics, factors, value_scales, scale),
         *(segment_tokens, row_tiles, heads, slots, head_row, head_column, v_rows, *out.stride()[1:3]),
         SEGMENTS=segments,
         STAGES=_STAGES[q.itemsize],
         FP8=head_scales is not None,
         num_warps=4,
+        enable_fp_fusion=True,  # Triton's default, which it means to change
     )
-    # Segments differ in length, so up to all tiles but those of the longest can be left over from whole rounds.
+    # The longest segment alone fills these rounds; what else goes in whole rounds, only the device knows.
     shared_tiles = row_tiles * heads * segments - row_tiles * heads // programs * programs
-    if segments > 1 or row_tiles * heads % programs:
-        kernels.combine_kernel[(shared_tiles, TILE_QUERIES // COMBINED_QUERIES)](
-            *(valid, out, pieces, statistics, value_scales),
-            *(programs, segment_tokens, row_tiles, heads, slots, *out.stride()[1:3]),
+    if shared_tiles:
+        combine_kernel[(shared_tiles, TILE_QUERIES // COMBINED_QUERIES)](
+            *(schedule, out, pieces, statistics, value_scales),
+            *(programs, segment_tokens, row_tiles, heads, *out.stride()[1:3]),
             SEGMENTS=segments,
             FP8=head_scales is not None,
             LINES=COMBINED_QUERIES,
+            TILE=TILE_QUERIES,
+            D=HEAD_DIM,
             MAX_PROGRAMS=MAX_PROGRAMS,
             num_warps=4,
+            enable_fp_fusion=True,
         )

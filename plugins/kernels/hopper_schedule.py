@@ -53,7 +53,7 @@ def count_rounds(programs, sizes):
 
 @gluon.jit
 def run_start(program, programs, rounds, sizes):
-    """Return the first of the units left over that a program (or a tensor of them) has: after rounds, from unit 0."""
+    """Return the first of the units left over from whole rounds that a program has."""
     _segment_tiles, tiles, _first_blocks, _second_blocks = sizes
     start = units_before(tiles, sizes) * program // programs
     for i in range(rounds):
@@ -70,6 +70,19 @@ def plan_program(program, programs, sizes):
     base = units_before(rounds * programs, sizes)
     pieces = gl.where(end > start, tile_of(base + end - 1, sizes) - tile_of(base + start, sizes) + 1, 0)
     return program, programs, rounds, start, end, rounds + pieces
+
+
+@gluon.jit
+def store_schedule(schedule_ptr, plan, sizes):
+    """Leave a program's part of the schedule to the kernel that combines, which says what it holds."""
+    program, programs, rounds, start, end, _parts = plan
+    _segment_tiles, _tiles, first_blocks, second_blocks = sizes
+    gl.store(schedule_ptr + 3 + program, start)
+    if program == programs - 1:
+        gl.store(schedule_ptr, rounds)
+        gl.store(schedule_ptr + 1, first_blocks)
+        gl.store(schedule_ptr + 2, second_blocks)
+        gl.store(schedule_ptr + 3 + programs, end)
 
 
 @gluon.jit
