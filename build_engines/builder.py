@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from causal_forcing.build_engines.cuda.tape_set import TapeSet, compile_kernels
+from causal_forcing.build_engines.cuda.tape_set import TapeSet, compile_kernels, lay_out
 from causal_forcing.build_engines.export import export_program, save_onnx, save_program
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.networks import (
@@ -118,6 +118,8 @@ def build(
             progress(network.spec.name)
             network_started_s = time.monotonic()
             _check_room(network, partial)
+            if tapes is not None:
+                network = lay_out(network)
             artefacts[network.spec.name] = _save(network, job.config, partial) if tapes is None else tapes.add(network)
             seconds[network.spec.name] = round(time.monotonic() - network_started_s, 3)
             networks.append(network.spec)

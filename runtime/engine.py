@@ -28,6 +28,10 @@ class Engine(Protocol):
         """
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Number of axes to the memory format with channels innermost."""
+
+
 class IOTensors(Mapping[str, torch.Tensor]):
     """The buffers of a session: one per name, shared by all engines that use the name.
 
@@ -48,7 +52,10 @@ class IOTensors(Mapping[str, torch.Tensor]):
                 dtype = getattr(torch, io_tensor.dtype)
                 name = aliases.get(io_tensor.name, io_tensor.name)
                 if name not in self._tensors:
-                    self._tensors[name] = torch.zeros(io_tensor.shape, dtype=dtype, device=device)
+                    buffer = torch.zeros(io_tensor.shape, dtype=dtype, device=device)
+                    if io_tensor.channels_last:
+                        buffer = buffer.contiguous(memory_format=CHANNELS_LAST[buffer.dim()])
+                    self._tensors[name] = buffer
                 known = self._tensors[name]
                 assert (tuple(known.shape), known.dtype) == (io_tensor.shape, dtype), (
                     f"networks disagree about io_tensor {io_tensor.name}: {tuple(known.shape)} {known.dtype}, "

@@ -429,7 +429,9 @@ class IOTensor:
     shape: tuple[int, ...]
     """Static shape."""
     dtype: str
-    """Element type, spelled as torch and numpy do: float32, bfloat16, float16, int32, int64."""
+    """Element type, spelled as torch and numpy do: float32, bfloat16, float16, float8_e4m3fn, int32, int64."""
+    channels_last: bool = False
+    """Whether its memory has channels, axis 1, innermost."""
 
     @property
     def elements(self) -> int:

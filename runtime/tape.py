@@ -5,8 +5,8 @@
     {"inputs": [name, …], "weights": {name: {"key": …, "channels_last": …}, …},
      "calls": [[operator, arguments, keywords, results], …], "outputs": [value, …]}
 
-A value is JSON as it is, or one of `{"tensor": name}`, `{"dtype": name}`, `{"memory_format": name}`,
-`{"layout": name}` and `{"device": null}` (the engine's own). Names are assigned once; a result that nothing reads is null.
+A value is JSON as it is, or one of `{"tensor": name}`, `{"dtype": name}`, `{"memory_format": name}`, `{"layout": name}`
+and `{"device": null}` (the engine's own). Names are assigned once; a result that nothing reads is null.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +11,16 @@ import torch
 from causal_forcing.build_engines.cuda.tracing import write_tape
 from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.networks import Network
-from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine import CHANNELS_LAST, IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.engines.kernel_cache import use_kernel_cache
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.spec import IOTensor, NetworkSpec
 
 TAPE_SUFFIX = ".tape.json"
 """End of a tape's file name."""
+
+_CACHES = ("decoder_cache", "encoder_cache")
+"""Parts of the names of convolution caches."""
 
 _SHARED = {"vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder", "text_encoder": None}
 """How the names of networks begin to the weight file they share; None is one each, all others share `dit`."""
@@ -49,6 +53,18 @@ class TapeSet:
         if self._weights is not None:
             self._weights.write(self._folder)
             self._weights = None
+
+
+def lay_out(network: Network) -> Network:
+    """Give the convolution caches of a network the memory that kernels want: channels innermost."""
+
+    def laid_out(io_tensor: IOTensor) -> IOTensor:
+        is_cache = len(io_tensor.shape) in CHANNELS_LAST and any(kind in io_tensor.name for kind in _CACHES)
+        return replace(io_tensor, channels_last=True) if is_cache else io_tensor
+
+    spec = network.spec
+    inputs, outputs = (tuple(laid_out(io) for io in ios) for ios in (spec.inputs, spec.outputs))
+    return replace(network, spec=replace(spec, inputs=inputs, outputs=outputs))
 
 
 def compile_kernels(folder: Path, networks: Iterable[NetworkSpec], artefacts: Mapping[str, str]) -> None:

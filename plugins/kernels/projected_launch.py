@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from causal_forcing.plugins.fp8_attention_ops import SLOT_GROUP
 from causal_forcing.plugins.kernels.hopper_launch import (
     LOG2_E,
     accepts,
@@ -14,6 +15,9 @@ from causal_forcing.plugins.kernels.hopper_launch import (
     workspace_bytes,
 )
 from causal_forcing.plugins.kernels.projections import place_projections_kernel, place_values_kernel
+
+_VALUE_COLUMNS = 64
+"""Columns of the values' cache that a program fills."""
 
 
 def launch_projected_attention(
@@ -86,12 +90,12 @@ def launch_projected_attention_fp8(
         eps=eps,
         codes=(head_scales[0], head_scales[1], k_offset),
     )
-    place_values_kernel[(triton.cdiv(tokens, 64), heads)](
-        *(v, slots, head_scales[2], v_cache, v.stride(1), tokens, tokens // slots.shape[0]),
-        *(k_cache.shape[2], v_cache.shape[3]),
+    tokens_per_frame = tokens // slots.shape[0]
+    place_values_kernel[(triton.cdiv(tokens_per_frame + SLOT_GROUP - 1, _VALUE_COLUMNS), slots.shape[0], heads)](
+        *(v, slots, head_scales[2], v_cache, v.stride(1), tokens_per_frame, k_cache.shape[2], v_cache.shape[3]),
         D=dim // heads,
         PADDED_D=triton.next_power_of_2(dim // heads),
-        TOKENS=64,
+        COLUMNS=_VALUE_COLUMNS,
         num_warps=4,
     )
     attend_fp8(

@@ -79,25 +79,25 @@ def place_projections_kernel(
             tl.store(v_out_ptr + place, tl.load(row, mask=inside, other=0.0), mask=stored)
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_per_frame", "cache_slots", "columns"])
+@triton.jit(do_not_specialize=["tokens_per_frame", "cache_slots"])
 def place_values_kernel(
-    v_ptr, slots_ptr, v_scale_ptr, v_out_ptr, v_row, tokens, tokens_per_frame, cache_slots, columns,
-    D: tl.constexpr, PADDED_D: tl.constexpr, TOKENS: tl.constexpr,
+    v_ptr, slots_ptr, v_scale_ptr, v_out_ptr, v_row, tokens_per_frame, cache_slots, columns,
+    D: tl.constexpr, PADDED_D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write values as codes into a transposed cache [N, D, columns], on a grid of (⌈L / TOKENS⌉, N) programs.
+    """Write values as codes into a transposed cache [N, D, columns].
 
-    Where a slot lies in its row: `fp8_attention_ops.value_column`.
+    Runs on a grid of (⌈(tokens_per_frame + 15) / COLUMNS⌉, F, N) programs, each of which fills columns that lie beside
+    each other in memory: which slot each column holds is `fp8_attention_ops.value_column` turned around.
     """
-    head = tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    frame, head = tl.program_id(1), tl.program_id(2)
+    first = tl.load(slots_ptr + frame)
+    column = first // 16 * 16 + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    slot = column // 16 * 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2
+    stored = (slot >= first) & (slot < first + tokens_per_frame) & (slot >= 0) & (slot < cache_slots)
+    token = (frame * tokens_per_frame + slot - first).to(tl.int64)
     depth = tl.arange(0, PADDED_D)
-    live = token < tokens
-    row = v_ptr + token[:, None].to(tl.int64) * v_row + head * D + depth[None, :]
-    v = tl.load(row, mask=live[:, None] & (depth[None, :] < D), other=0.0).to(tl.float32)
+    row = v_ptr + token[:, None] * v_row + head * D + depth[None, :]
+    v = tl.load(row, mask=stored[:, None] & (depth[None, :] < D), other=0.0).to(tl.float32)
     v = tl.minimum(tl.maximum(v / tl.load(v_scale_ptr + head), -448.0), 448.0).to(v_out_ptr.dtype.element_ty)
-    slot = tl.load(slots_ptr + token // tokens_per_frame, mask=live, other=0) + token % tokens_per_frame
-    stored = live & (slot >= 0) & (slot < cache_slots)
-    column = slot // 16 * 16 + slot % 8 // 2 * 4 + slot % 16 // 8 * 2 + slot % 2
-    # Transposed first: tokens that lie beside each other in memory are then written by one warp.
     target = v_out_ptr + (head * D + depth)[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(target, tl.trans(v), mask=(depth[:, None] < D) & stored[None, :])

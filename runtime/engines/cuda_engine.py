@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from causal_forcing.plugins.fused_op import register_fused_ops
+from causal_forcing.runtime.engine import CHANNELS_LAST
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.spec import NetworkSpec
 from causal_forcing.runtime.tape import Call, read_tape
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 """For cross-attention, in the order of what measured faster."""
 
@@ -55,7 +55,7 @@ class DeviceWeights:
                     if tensor is None:
                         tensor = opened.get_tensor(key)
                         if channels_last:
-                            tensor = tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+                            tensor = tensor.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
                         self._loaded[file, key, channels_last] = tensor
                     tensors[name] = tensor
         except Exception as error:  # safetensors' own exception has no public base class
