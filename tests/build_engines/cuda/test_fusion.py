@@ -145,7 +145,7 @@ MODULATED = {**PAIR, **{name: (DIM,) for name in ("gate", "shift", "scale")}}
 
 
 def test_sum_and_norm_become_one_and_both_stay_in_use(calls_of: Any) -> None:
-    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module, a: nn.Module) -> torch.Tensor:
+    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module, a: nn.Module) -> Any:
         total = x + y
         return total + a(n(total))
 
@@ -175,7 +175,7 @@ def test_norm_without_a_sum_before_it_is_left_alone(calls_of: Any) -> None:
 
 
 def test_sum_that_is_read_before_its_norm_is_left_alone(calls_of: Any) -> None:
-    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module) -> torch.Tensor:
+    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module) -> Any:
         total = x + y
         early = total * total
         return n(total) + early
@@ -202,7 +202,7 @@ def test_second_norm_of_a_sum_is_left_alone(calls_of: Any) -> None:
 
 
 def test_sum_that_is_a_norm_of_the_one_before_is_right(calls_of: Any) -> None:
-    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module, m: nn.Module) -> torch.Tensor:
+    def forward(x: torch.Tensor, y: torch.Tensor, n: nn.Module, m: nn.Module) -> Any:
         total = x + y
         return m(total + n(total))
 
