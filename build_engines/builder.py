@@ -62,6 +62,8 @@ class BuildJob:
     """Models to include; engines without text encoder or decoder serve embeddings and latents."""
     provenance: dict[str, Any] | None = None
     """Recorded in the manifest: weight files and their hashes."""
+    recipe: Recipe | None = None
+    """What of the DiT is quantised, in place of a calibration; None calibrates where precision is fp8."""
 
 
 def has_pair(config: EngineConfig) -> bool:
@@ -201,9 +203,12 @@ def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Networ
 
 
 def _quantize(job: BuildJob, folder: Path) -> tuple[Recipe | None, dict[str, Any]]:
-    """Calibrate an fp8 job and leave its recipe in the folder; returns the recipe, and what the manifest says of it."""
+    """Calibrate an fp8 job, or take its recipe, and leave it in the folder; returns it, and what the manifest says."""
     if job.config.precision != "fp8" or "dit" not in job.parts:
         return None, {}
+    if job.recipe is not None:
+        job.recipe.write(folder)
+        return job.recipe, {"quantization": {"calibration": "none: the recipe was given"}}
     calibration = calibrate(job.source, job.config, job.tokenizer)
     gc.collect()
     calibration.recipe.write(folder)
