@@ -104,7 +104,7 @@ def op_digest() -> str:
     """Return a hash of the op's sources: an engine holds the op as it was when it was built."""
     digest = hashlib.sha256()
     folder = Path(plugins.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu")):
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -5,16 +5,28 @@ NVRTC and the bindings are what torch itself requires where it is built for CUDA
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import os
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 
 ARCHITECTURE = "sm_90a"
 """GPUs the files are written for: Hopper with its own instructions."""
+
+_folders: list[Path] = []
+"""Where machine code is kept: the last one counts."""
+
+
+def keep_machine_code(folder: Path) -> None:
+    """Look for machine code in a folder before compiling, and leave there what had to be compiled."""
+    _folders[:] = [folder]
 
 
 def launch(
@@ -50,8 +62,7 @@ def compile_source(source: str) -> bytes:
     """Return a file's machine code for `ARCHITECTURE`; needs no GPU."""
     from cuda.bindings import nvrtc
 
-    text = resources.files("causal_forcing.plugins.kernels").joinpath(source).read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
+    program = _check(nvrtc.nvrtcCreateProgram(_read(source), source.encode(), 0, [], []))
     options = [f"--gpu-architecture={ARCHITECTURE}".encode(), b"-std=c++17"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error) != 0:
@@ -79,7 +90,31 @@ def _module(device: int, source: str) -> Any:
 
     # A module belongs to its device's context, which torch has made current: hence the argument.
     del device
-    return _check(driver.cuModuleLoadData(compile_source(source)))
+    return _check(driver.cuModuleLoadData(_machine_code(source)))
+
+
+def _machine_code(source: str) -> bytes:
+    """Return a file's machine code: kept, or compiled and kept."""
+    if not _folders:
+        return compile_source(source)
+    from cuda.bindings import nvrtc
+
+    compiler = ".".join(str(part) for part in nvrtc.nvrtcVersion()[1:])
+    identity = f"{ARCHITECTURE} {compiler}\n".encode() + _read(source)
+    path = _folders[-1] / f"{Path(source).stem}-{hashlib.sha256(identity).hexdigest()[:16]}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    code = compile_source(source)
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs the compiling again, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        partial.write_bytes(code)
+        partial.replace(path)
+    return code
+
+
+def _read(source: str) -> bytes:
+    return resources.files("causal_forcing.plugins.kernels").joinpath(source).read_bytes()
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Compiled kernels inside an engine directory: Triton finds them there, wherever the directory has been moved to."""
+"""Compiled kernels inside an engine directory, which are found there wherever the directory has been moved to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
+
+from causal_forcing.plugins.kernels.cuda_source import keep_machine_code
 
 KERNELS_FOLDER = "kernels"
 """Folder of compiled kernels inside an engine directory."""
@@ -26,6 +28,7 @@ class MovableCache(FileCacheManager):  # type: ignore[misc]  # triton has no typ
 
 
 def use_kernel_cache(folder: Path) -> None:
-    """Let Triton take kernels from an engine directory, and put there what it still has to compile."""
+    """Take kernels from an engine directory, and put there what still has to be compiled."""
+    keep_machine_code(folder / KERNELS_FOLDER)
     knobs.cache.dir = str(folder / KERNELS_FOLDER)
     knobs.cache.manager_class = MovableCache
