@@ -22,7 +22,7 @@ from causal_forcing.plugins.contract import DOMAIN
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MODULES = ("dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "vae_ops")
+_MODULES = ("conv_ops", "dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "vae_ops")
 """Modules of this package that define fused ops."""
 
 _keeping = contextvars.ContextVar("keeping", default=False)

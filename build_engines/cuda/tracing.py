@@ -22,7 +22,10 @@ CAPTURED = ("dit_", "vae_decoder")
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 """What tracing leaves behind to check itself."""
 
-_CONVOLUTIONS = ("aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding", "aten.conv3d.padding")
+_CONVOLUTIONS = (
+    *("aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding", "aten.conv3d.padding"),
+    "causal_forcing.conv_relu.default",
+)
 
 
 def write_tape(network: Network, weights: WeightFile) -> Tape:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from causal_forcing.build_engines.models.vae import RGB_CHANNELS, LatentScale, Shapes, Tensors
+from causal_forcing.plugins.conv_ops import conv_relu
 from causal_forcing.runtime.spec import FRAMES_PER_LATENT, TAEHVSpec
 
 STAGE_BLOCKS = 3
@@ -85,7 +86,7 @@ class Squeeze(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over a frame and the one before it, around a shortcut."""
+    """The parameters of a block under their released names."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -93,10 +94,30 @@ class MemoryBlock(nn.Module):
             conv3x3(2 * width, width), nn.ReLU(), conv3x3(width, width), nn.ReLU(), conv3x3(width, width)
         )
 
+
+class Block(nn.Module):
+    """Three convolutions over a frame and the one before it, around a shortcut.
+
+    The first convolution is two, of the frame and of the one before it: their channels are never brought together.
+
+    Args:
+        released: The parameters.
+    """
+
+    def __init__(self, released: MemoryBlock) -> None:
+        super().__init__()
+        first, _, self.second, _, self.third = released.conv
+        assert isinstance(first, nn.Conv2d), f"a block begins with a convolution, not a {type(first).__name__}"
+        now, before = first.weight.detach().chunk(2, dim=1)
+        self.now = nn.Parameter(now.contiguous(), requires_grad=False)
+        self.before = nn.Parameter(before.contiguous(), requires_grad=False)
+        self.bias = first.bias
+
     def forward(self, frames: torch.Tensor, memory: FrameMemory) -> torch.Tensor:
         """Return [T·B, C, H, W] for the same."""
-        y: torch.Tensor = self.conv(torch.cat((frames, memory.previous(frames)), dim=1))
-        return F.relu(y + frames)
+        before = F.conv2d(memory.previous(frames), self.before, padding=1)
+        y = conv_relu(frames, self.now, self.bias, before)
+        return apply_relu(self.third, apply_relu(self.second, y), frames)
 
 
 class Grow(nn.Module):
@@ -171,7 +192,7 @@ class Finish(nn.Module):
         """Return [2T·B, 3, 2H, 2W], about [0, 1], for `frames` [T·B, C, H, W]."""
         both = [
             torch.unflatten(
-                F.conv2d(F.relu(F.conv2d(frames, weight, padding=1)), self.weight, self.bias, padding=1), 0, (-1, batch)
+                F.conv2d(conv_relu(frames, weight, None, None), self.weight, self.bias, padding=1), 0, (-1, batch)
             )
             for weight in self.frames
         ]
@@ -203,8 +224,8 @@ class _DecoderNetwork(nn.Module):
     def __init__(self, taehv: TAEHV, latent_scale: LatentScale | None) -> None:
         super().__init__()
         self.latent_scale = latent_scale
-        *layers, _, grow, widen, _, head = taehv.decoder
-        self.layers = nn.ModuleList(layers)
+        self.squeeze, self.enter, _, *layers, _, grow, widen, _, head = taehv.decoder
+        self.layers = nn.ModuleList(Block(layer) if isinstance(layer, MemoryBlock) else layer for layer in layers)
         self.finish = Finish(grow, widen, head)
 
     def decode(self, latent_chunk: torch.Tensor, past: Sequence[torch.Tensor] | None) -> Tensors:
@@ -212,9 +233,10 @@ class _DecoderNetwork(nn.Module):
         batch = latent_chunk.shape[0]
         memory = FrameMemory(past, batch)
         z = latent_chunk if self.latent_scale is None else self.latent_scale.denormalise(latent_chunk)
-        frames = channels_last(z.transpose(0, 1).flatten(0, 1))
+        frames = self.squeeze(channels_last(z.transpose(0, 1).flatten(0, 1)))
+        frames = apply_relu(self.enter, frames)
         for layer in self.layers:
-            if isinstance(layer, MemoryBlock):
+            if isinstance(layer, Block):
                 frames = layer(frames, memory)
             elif isinstance(layer, Grow):
                 frames = layer(frames, batch)
@@ -264,6 +286,12 @@ def channels_last(frames: torch.Tensor) -> torch.Tensor:
     would bring all that follows back to the other layout.
     """
     return frames.contiguous(memory_format=torch.channels_last)
+
+
+def apply_relu(conv: nn.Module, frames: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the ReLU of a convolution, plus a residual."""
+    assert isinstance(conv, nn.Conv2d), f"TAEHV has a convolution there, not a {type(conv).__name__}"
+    return conv_relu(frames, conv.weight, conv.bias, residual)
 
 
 def conv3x3(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Conv2d:
