@@ -1,6 +1,6 @@
 """The kernels around matrix products without a GPU: by Triton's interpreter, against the bodies of the fused ops.
 
-The interpreter converts in its own way. To bf16 it truncates, where a GPU rounds. To e4m3 it rounds ties away from zero,
+The interpreter converts in its own way. To bf16 it truncates, where a GPU rounds. To e4m3 it rounds ties away from 0,
 truncates subnormals, and drops the carry of what rounds up to a power of two, which becomes half of it: such values are
 for the tests on a GPU.
 """
