@@ -115,7 +115,7 @@ def test_options_of_a_clip_wrong_value_names_it_and_the_fix(refuses: Refuses, ar
     [
         (
             ["--backend", "cuda"],
-            "backend 'cuda' is not part of this release: use --backend tensorrt, tensorrt-rtx, onnx",
+            "backend 'cuda' needs a CUDA GPU and torch sees none: use --backend onnxruntime",
         ),
         (["--backend", "tensorrt"], "backend 'tensorrt' is not installed: pip install tensorrt"),
         (["--backend", "torch", "--device", "cuda:7"], "needs a CUDA GPU and torch sees none: use --device cpu"),
@@ -135,7 +135,7 @@ def test_backend_that_cannot_serve_is_an_environment_fault(
         (
             ("torch", "onnxruntime"),
             [],
-            "no usable backend for cpu: got none of tensorrt, tensorrt-rtx, onnxruntime, torch; ins",
+            "no usable backend for cpu: got none of tensorrt, tensorrt-rtx, cuda, onnxruntime, torch; ins",
         ),
         (("onnxruntime",), ["--backend", "onnxruntime"], "backend 'onnxruntime' is not installed: pip install onnxrun"),
     ],
