@@ -16,7 +16,7 @@ from causal_forcing.build_engines.networks import Network
 from causal_forcing.plugins.fused_op import keep_fused_ops
 from causal_forcing.runtime.tape import Call, Tape, Weight
 
-CAPTURED = ("dit_", "vae_decoder")
+CAPTURED = ("dit_", "prompt_kv", "vae_decoder")
 """How the names of networks begin that run once a chunk or more often."""
 
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
