@@ -31,11 +31,14 @@ NORM_WIDTHS = (96, 192, 384, 768)
 MAX_SOFTMAX_WIDTH = 8192
 """Most scores of a position."""
 
+STAGE_MEMORY = {
+    "Conv": 6 * (4 * 264 * 16 + 6 * COLUMNS * 32),
+    "Head": 10 * (4 * 264 * 16 + 6 * HEAD_COLUMNS * 32),
+    "Upsample": 5 * (4 * 264 * 16 + 8 * COLUMNS * 32),
+}
+"""Bytes of shared memory by `Shape` of the source: stages, each of four runs of positions and the weights of taps."""
+
 _SOURCE = "vae_conv.cu"
-_RUNS_BYTES = 4 * 264 * 16
-_CONV_BYTES = 6 * (_RUNS_BYTES + 6 * COLUMNS * 32)
-_HEAD_BYTES = 10 * (_RUNS_BYTES + 6 * HEAD_COLUMNS * 32)
-_UPSAMPLE_BYTES = 5 * (_RUNS_BYTES + 8 * COLUMNS * 32)
 _THREADS = 384
 _NORM_THREADS = 256
 _NORM_BYTES = 4 * 64 * (2 * COLUMNS + 16)
@@ -114,10 +117,10 @@ def _norm_conv(
         )
         sizes = (frames, height, width, channels, outputs, plane)
         if is_head:
-            launch(_SOURCE, "vae_head", grid, _THREADS, _HEAD_BYTES, (planes, packed, bias, y[index]), sizes)
+            launch(_SOURCE, "vae_head", grid, _THREADS, STAGE_MEMORY["Head"], (planes, packed, bias, y[index]), sizes)
         else:
             tensors = (planes, packed, bias, _at(residual, index), y[index])
-            launch(_SOURCE, "vae_conv", grid, _THREADS, _CONV_BYTES, tensors, sizes)
+            launch(_SOURCE, "vae_conv", grid, _THREADS, STAGE_MEMORY["Conv"], tensors, sizes)
     return y
 
 
@@ -140,11 +143,10 @@ def upsample_conv(frames: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     grid = (-(-plane // _PLANE_POSITIONS), channels // _PLANE_CHANNELS, count)
     launch(_SOURCE, "vae_planes", grid, _NORM_THREADS, 0, (frames, planes), (height, width, channels, plane))
     tiles = -(-height * (width + 1) // ROWS) * (outputs // COLUMNS) * 2 * count
-    launch(
-        *(_SOURCE, "vae_upsample", (min(tiles, _multiprocessors(frames.device)), 1, 1), _THREADS, _UPSAMPLE_BYTES),
-        (planes, prepared(weight, pack_upsample_weight), bias, y),
-        (count, height, width, channels, outputs, plane),
-    )
+    tensors = (planes, prepared(weight, pack_upsample_weight), bias, y)
+    sizes = (count, height, width, channels, outputs, plane)
+    grid = (min(tiles, _multiprocessors(frames.device)), 1, 1)
+    launch(_SOURCE, "vae_upsample", grid, _THREADS, STAGE_MEMORY["Upsample"], tensors, sizes)
     return y
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib import resources
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 
 from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE, decoder_cache_shapes
 from causal_forcing.plugins.fused_op import keep_fused_ops
+from causal_forcing.plugins.kernels import vae_launch
 from causal_forcing.plugins.kernels.cuda_source import compile_source
 from causal_forcing.plugins.kernels.vae_weights import (
     COLUMNS,
@@ -173,3 +176,20 @@ def test_packed_weights_lie_where_the_kernels_read_them() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs NVRTC, which comes with torch for CUDA")
 def test_kernels_compile() -> None:
     assert compile_source("vae_conv.cu").startswith(b"\x7fELF")
+
+
+def test_launches_ask_for_the_shared_memory_of_the_source() -> None:
+    source = resources.files("causal_forcing.plugins.kernels").joinpath("vae_conv.cu").read_text(encoding="utf-8")
+    for name, shared_bytes in vae_launch.STAGE_MEMORY.items():
+        found = re.search(rf"using {name} = Shape<(\d+), (\d+), (\d+)>;", source)
+        assert found, f"the source has a shape called {name}"
+        columns, taps, stages = (int(group) for group in found.groups())
+        assert shared_bytes == stages * (4 * 264 * 16 + taps * columns * 32)
+        assert shared_bytes + 1024 <= 227 * 1024
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 104), (480, 832), (1, 1), (16, 15), (7, 300)])
+def test_plane_holds_all_that_its_tiles_read(height: int, width: int) -> None:
+    pitch, rows = width + 1, vae_launch.ROWS
+    last_tile = (height * pitch - 1) // rows * rows
+    assert last_tile + 2 * pitch + rows + 2 <= vae_launch.plane_positions(height, width)
