@@ -14,6 +14,7 @@ import argparse
 import functools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from benchmarks.statistics import ratios, significant, spread
 from benchmarks.subject import add_engine_arguments, engine_folder, peer_job
 from benchmarks.upstream import UpstreamPeer
 from benchmarks.upstream_modules import check_clone
-from causal_forcing.build_engines.builder import BuildJob
+from causal_forcing.build_engines.builder import BuildJob, build
+from causal_forcing.build_engines.networks import Network
+from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.loading import engine_device, load_engines
 from causal_forcing.runtime.manifest import Manifest, read_manifest
 
@@ -62,7 +65,7 @@ def main() -> None:
             "frames": frames_of(manifest.config, chunks),
             "warm_up_clips": arguments.warm_ups,
             **counts,
-            **({"upstream_commit": head_commit(arguments.upstream)} if arguments.upstream else {}),
+            **({"upstream_commit": arguments.upstream_commit} if arguments.upstream else {}),
         },
         "build_s": None if build_s is None else round(build_s, 1),
         "engine_bytes": sum(entry.bytes for entry in manifest.files.values()),
@@ -80,8 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
-    parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)}")
+    parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)}, backend:NAME")
     parser.add_argument("--upstream", type=Path, help="clone of thu-ml/Causal-Forcing, for the peer of that name")
+    parser.add_argument("--upstream-commit", help="commit to record of it; by default the clone's")
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     parser.add_argument("--total-blocks", type=int, help="chunks of a clip; 81 frames where left out")
     parser.add_argument("--warm-ups", type=int, default=2, help="clips before those that count; graphs take two")
@@ -92,12 +96,13 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.peers = [name for name in arguments.peers.split(",") if name]
     for name in arguments.peers:
-        if name not in PEERS:
-            parser.error(f"--peers {name} is none of {', '.join(PEERS)}")
+        if name not in (*PEERS, *(f"backend:{backend}" for backend in BACKENDS)):
+            parser.error(f"--peers {name} is none of {', '.join(PEERS)}, and no backend:NAME")
     if ("upstream" in arguments.peers) != (arguments.upstream is not None):
         parser.error("the peer upstream and --upstream PATH, a clone of it, belong together")
     if arguments.upstream is not None:
         check_clone(arguments.upstream)
+        arguments.upstream_commit = arguments.upstream_commit or head_commit(arguments.upstream)
     return arguments
 
 
@@ -116,26 +121,48 @@ def make_runners(
         return runners
     job = peer_job(folder, str(device))
     modules = functools.cache(lambda: cut_modules(job, device))  # drawn once, shared by the peers that use them
+    compiler = arguments.compiler
+    openers: dict[str, tuple[Callable[[], ClipMaker], str]] = {
+        "upstream": (lambda: open_upstream(arguments.upstream, job, device, chunks), "thu-ml, eager"),
+        "eager": (lambda: open_modules(job, modules(), device, chunks), "this project's torch modules, eager"),
+        "compile": (
+            lambda: open_modules(job, modules(), device, chunks, compiler=compiler),
+            f"the same modules and weights, torch.compile ({compiler}), the DiT layer by layer",
+        ),
+        "compile-graph": (
+            lambda: open_modules(job, modules(), device, chunks, compiler=compiler, in_graph=True),
+            f"the same modules and weights, torch.compile ({compiler}), every network in a CUDA graph",
+        ),
+    }
     for name in arguments.peers:
-        if name == "upstream":
-            opener, about = functools.partial(open_upstream, arguments.upstream, job, device, chunks), "thu-ml, eager"
+        if name in openers:
+            opener, about = openers[name]
         else:
-            compiler = None if name == "eager" else arguments.compiler
-            opener = functools.partial(open_modules, job, modules, device, chunks, compiler, name == "compile-graph")
-            about = {
-                "eager": "this project's torch modules, eager",
-                "compile": f"this project's torch modules, torch.compile ({compiler}) layer by layer",
-                "compile-graph": f"the same ({compiler}), every network in a CUDA graph",
-            }[name]
+            backend = name.removeprefix("backend:")
+            opener, about = functools.partial(open_backend, folder, backend, device, chunks), f"{backend} engine"
         runners.append(Runner(name=name, about=about, precision=job.config.precision, open=opener, device=device))
     return runners
 
 
+def open_backend(folder: Path, backend: str, device: torch.device, chunks: int) -> ClipMaker:
+    """Open an engine of another backend, built anew and kept nowhere."""
+    with tempfile.TemporaryDirectory() as root:
+        built = Path(root) / "engine"
+        build(peer_job(folder, str(device), backend), built)
+        return TimedSession(load_engines(built, device=str(device)), chunks)
+
+
 def open_modules(
-    job: BuildJob, modules: Any, device: torch.device, chunks: int, compiler: str | None, in_graph: bool
+    job: BuildJob,
+    networks: list[Network],
+    device: torch.device,
+    chunks: int,
+    *,
+    compiler: str | None = None,
+    in_graph: bool = False,
 ) -> ClipMaker:
     """Open a peer of this project's torch modules."""
-    return TimedSession(module_engines(job, modules(), device, compiler=compiler, in_graph=in_graph), chunks)
+    return TimedSession(module_engines(job, networks, device, compiler=compiler, in_graph=in_graph), chunks)
 
 
 def open_upstream(root: Path, job: BuildJob, device: torch.device, chunks: int) -> ClipMaker:

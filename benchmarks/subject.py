@@ -56,23 +56,23 @@ def engine_folder(arguments: argparse.Namespace, root: Path) -> tuple[Path, floa
     return root / "engine", time.monotonic() - started_s
 
 
-def peer_job(folder: Path, device: str) -> BuildJob:
-    """Return the job of torch modules that do what an engine does: same sizes, the carrier's precision.
+def peer_job(folder: Path, device: str, backend: str = "torch") -> BuildJob:
+    """Return the job of another backend, or of torch modules, that does what an engine does: same sizes, no fp8.
 
     Weights are those of the engine where it has random ones; else they are random too, which costs no less time.
     """
     config = read_manifest(folder).config
     seed = int(config.weights.removeprefix("random:")) if config.weights.startswith("random:") else SEED
-    return replace(make_job(_peer_options(config, seed, device), device=device), parts=("dit", "vae"))
+    return replace(make_job(_peer_options(config, seed, device, backend), device=device), parts=("dit", "vae"))
 
 
-def _peer_options(config: EngineConfig, seed: int, device: str) -> EngineOptions:
+def _peer_options(config: EngineConfig, seed: int, device: str, backend: str) -> EngineOptions:
     on_gpu = choose_device(device).startswith("cuda")
     precision = config.precision if config.precision in ("bf16", "fp16", "fp32") else "bf16" if on_gpu else "fp32"
     geometry = config.geometry
     return EngineOptions(
         slug=config.variant.slug,
-        backend="torch",
+        backend=backend,
         precision=precision,
         pixel_height=geometry.pixel_height,
         pixel_width=geometry.pixel_width,

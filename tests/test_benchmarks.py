@@ -60,7 +60,7 @@ def assert_holds_together(run: dict[str, Any], *, repeats: int, staged_repeats: 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine directory of the smallest model, with its text encoder."""
-    options = EngineOptions(slug="tiny", backend="torch", pixel_height=32, pixel_width=48)
+    options = EngineOptions(slug="tiny", backend="onnxruntime", pixel_height=32, pixel_width=48)
     folder = tmp_path_factory.mktemp("engines") / "tiny"
     build(make_job(options, device="cpu"), folder)
     return folder
@@ -114,7 +114,7 @@ def test_latency_leaves_a_peer_that_fails_out_and_says_so(engine: Path, tmp_path
     finished = subprocess.run([*command, *peers], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 1
     assert "not measured: compile" in finished.stderr
-    record = json.loads((tmp_path / "latency-tiny-torch-cpu.json").read_text())
+    record = json.loads((tmp_path / "latency-tiny-onnxruntime-cpu.json").read_text())
     measured, peer = record["runs"]
     assert "no-such-compiler" in peer["error"]
     assert_holds_together(measured, repeats=1, staged_repeats=1)
