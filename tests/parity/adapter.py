@@ -18,21 +18,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from causal_forcing.build_engines.builder import BuildJob, build
+from causal_forcing.build_engines.builder import BuildJob, build, cut_networks
+from causal_forcing.build_engines.cuda.tape_set import TapeSet, lay_out
 from causal_forcing.build_engines.model_loading import ReleasedModels
-from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.build_engines.weights import WeightFiles
+from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.runtime.config import EngineConfig, op_digest, package_version
 from causal_forcing.runtime.decoder import WanDecoder
 from causal_forcing.runtime.encoder import WanEncoder
 from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import EngineSet, load_engines
+from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.noise import GivenNoise
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import FlowMatchSchedule, add_noise_, flow_to_x0_, timestep_embedding
 from causal_forcing.runtime.session import Chunk, VideoSession
 from causal_forcing.runtime.spec import DiTSpec, Geometry, ModelSpec, TextSpec, VAESpec, Variant
 from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.text_encoder import TEXT_ENCODER, TextEncoder
 
 Case = Mapping[str, Any]
 Outputs = dict[str, torch.Tensor]
@@ -48,7 +52,7 @@ def run_case(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
         case: `manifest["cases"][name]`.
         weights: `manifest["weights"]`.
         folder: The golden folder.
-        engine: Backend that computes.
+        engine: Backend that computes; `cuda-on-cpu` plays the tapes of `cuda` on the CPU.
 
     Raises:
         NotImplementedError: This project does not serve the case.
@@ -77,17 +81,36 @@ def run_clip(name: str, case: Case, weights: Case, folder: Path, engine: str) ->
 
 def record_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[list[Chunk], Recorder]:
     """Generate the case's clip; returns its chunks and what the DiT engines did."""
-    tensors = load_file(folder / case["file"])
-    engines = build_clip(case, weights, folder, engine, noise=tensors["noise"])
+    engines = build_clip(case, weights, folder, engine, noise=load_file(folder / case["file"])["noise"])
     recorder = Recorder()
-    with VideoSession(recorder.listen(engines)) as session:
-        chunks = session.generate(
-            tensors["prompt_embeds"],
-            total_blocks=case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"],
-            initial_latents=tensors.get("initial_latent"),
-            noise=GivenNoise.from_file(folder / case["file"]),
+    return generate(case, folder, recorder.listen(engines), to_the_end=True), recorder
+
+
+def generate_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[list[Chunk], list[str]]:
+    """Generate the case's clip with all engines there are; returns its chunks and the names of the passes."""
+    engines = build_clip(case, weights, folder, engine, noise=load_file(folder / case["file"])["noise"])
+    passes: list[str] = []
+    counted = {name: Counted(each, passes) for name, each in engines.engines.items()}
+    return generate(case, folder, dataclasses.replace(engines, engines=counted)), passes
+
+
+def generate(case: Case, folder: Path, engines: EngineSet, *, to_the_end: bool = False) -> list[Chunk]:
+    """Generate the case's clip from its own noise; `to_the_end` adds the last context pass, which nobody reads."""
+    tensors, noise = load_file(folder / case["file"]), GivenNoise.from_file(folder / case["file"])
+    blocks = case["num_blocks"] + case["num_initial_frames"] // case["num_frame_per_block"]
+    with VideoSession(engines) as session:
+        chunks = list(
+            session.generate(
+                tensors["prompt_embeds"],
+                total_blocks=blocks,
+                initial_latents=tensors.get("initial_latent"),
+                noise=noise,
+            )
         )
-        return list(chunks), recorder
+        if to_the_end:
+            last = (blocks - 1) * case["num_frame_per_block"]
+            session._denoiser.write_context(last, None, noise, is_initial=False)
+        return chunks
 
 
 def run_text(name: str, case: Case, weights: Case, folder: Path, engine: str) -> Outputs:
@@ -171,7 +194,8 @@ class Recorder:
     """Listens to a session's DiT engines: what goes in, what comes out, and what upstream's context pass would give.
 
     Upstream evaluates the whole network in its context pass and throws the flow away; our context pass stops earlier.
-    To compare that flow too, the recorder runs `dit_step` on the same inputs and puts the caches back.
+    To compare that flow too, the recorder runs `dit_step` on the same inputs and puts the caches back. For the same
+    reason every pass is one of its own: engines that could join two are left out.
     """
 
     def __init__(self) -> None:
@@ -189,6 +213,7 @@ class Recorder:
         wrapped = {
             name: Listener(engine, self) if name in ("dit_step", "dit_context") else engine
             for name, engine in engines.engines.items()
+            if name != "dit_context_step"
         }
         return dataclasses.replace(engines, engines=wrapped)
 
@@ -199,7 +224,9 @@ class Recorder:
         }
         if network == "dit_context":
             self._run_step_like_context()
-        self.calls.append((self.io_tensors["latent"].float().clone(), self.io_tensors["flow"].float().clone()))
+        self.calls.append(
+            (self.io_tensors["latent"].float().cpu().clone(), self.io_tensors["flow"].float().cpu().clone())
+        )
         self.caches.append(caches)
         for name, tensor in caches.items():
             self.io_tensors[name].copy_(tensor)
@@ -240,6 +267,23 @@ class Listener:
         """See `Engine.enqueue`."""
         self._engine.enqueue()
         self._recorder.called(self.spec.name)
+
+
+class Counted:
+    """An engine that notes its name at each call."""
+
+    def __init__(self, engine: Engine, calls: list[str]) -> None:
+        self.spec = engine.spec
+        self._engine, self._calls = engine, calls
+
+    def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Engine.bind`."""
+        self._engine.bind(io_tensors)
+
+    def enqueue(self) -> None:
+        """See `Engine.enqueue`."""
+        self._calls.append(self.spec.name)
+        self._engine.enqueue()
 
 
 def x0_of(noisy: torch.Tensor, flow: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -317,10 +361,11 @@ def build_engines(
     variant: Variant, geometry: Geometry, roles: Roles, weights: Case, folder: Path, engine: str
 ) -> EngineSet:
     """Build engines from golden weights through the ordinary loader, once per fingerprint, and load them."""
+    backend = engine.removesuffix("-on-cpu")
     config = EngineConfig(
         variant=variant,
         geometry=geometry,
-        backend=engine,
+        backend=backend,
         backend_version="golden",
         precision="fp32",
         decoder="wan",
@@ -334,11 +379,34 @@ def build_engines(
 
     tokenizer = folder / _TOKENIZER
     files = WeightFiles(dit=file(roles.dit), vae=file(roles.vae), text_encoder=file(roles.text), tokenizer=tokenizer)
+    source = ReleasedModels(variant=variant, files=files, dtype=torch.float32)
+    job = BuildJob(config=config, source=source, tokenizer=tokenizer, parts=roles.parts)
+    if engine != backend:
+        return play_on_cpu(job)
     target = config.folder(build_root())
     if not target.exists():
-        source = ReleasedModels(variant=variant, files=files, dtype=torch.float32)
-        build(BuildJob(config=config, source=source, tokenizer=tokenizer, parts=roles.parts), target)
-    return load_engines(target, device="cpu")
+        build(job, target)
+    return load_engines(target, device="cuda" if engine == "cuda" else "cpu")
+
+
+def play_on_cpu(job: BuildJob) -> EngineSet:
+    """Write a job's tapes, and load them where there is no GPU: fused ops run their plain bodies there."""
+    folder, device = Path(tempfile.mkdtemp(dir=build_root())), torch.device("cpu")
+    tapes, specs, paths = TapeSet(folder), [], {}
+    for network in map(lay_out, cut_networks(job)):
+        paths[network.spec.name] = folder / tapes.add(network)
+        specs.append(network.spec)
+    tapes.finish()
+    weights = DeviceWeights(folder, device)
+    engines = {spec.name: CudaEngine(weights, spec, paths[spec.name]) for spec in specs}
+    encoders = [spec for spec in specs if spec.name.startswith(TEXT_ENCODER)]
+    return EngineSet(
+        folder=folder,
+        manifest=Manifest(config=job.config, networks=tuple(specs), artefacts={}, files={}),
+        engines={name: engine for name, engine in engines.items() if not name.startswith(TEXT_ENCODER)},
+        device=device,
+        text_encoder=TextEncoder(encoders, engines.__getitem__, device, keep=True) if encoders else None,
+    )
 
 
 def model_spec(roles: Roles, weights: Case, *, text_len: int = 512) -> ModelSpec:
