@@ -90,7 +90,7 @@ def test_golden_case_is_reproduced_on_a_gpu(name: str, adapter: ModuleType) -> N
 )
 def test_golden_clip_is_reproduced_by_joint_passes(engine: str, adapter: ModuleType) -> None:
     """Context pass and next chunk's first pass in one, where the recorder of the cases above keeps them apart."""
-    case = MANIFEST["cases"][WINDOWED[0]]
+    case = MANIFEST["cases"][TAPED[0]]
     chunks, passes = adapter.generate_clip(case, MANIFEST["weights"], GOLDEN, engine)
     latents = torch.cat([chunk.latents.cpu() for chunk in chunks], dim=1)
     least = GPU_TOLERANCE if engine == "cuda" else 0.0
