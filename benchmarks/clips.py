@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from benchmarks.statistics import percentiles, spread
-from benchmarks.subject import SEED
 from benchmarks.timing import DIT_STAGES, CallLog, Mark, TimedEngine, marker, stage_of, synchronize, time_calls
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.session import VideoSession
 from causal_forcing.runtime.text_encoder import TextEncoder
+
+SEED = 0
+"""Seed of random weights, noise and prompt embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.clips import SEED
 from benchmarks.conditions import describe_engine, describe_machine, device_slug
 from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import percentiles, significant
-from benchmarks.subject import SEED, add_engine_arguments, engine_folder, peer_job
+from benchmarks.subject import add_engine_arguments, engine_folder, peer_job
 from benchmarks.timing import time_calls
 from benchmarks.work import Work, count_work, find_rates
 from causal_forcing.runtime.engine import Engine, IOTensors

@@ -8,14 +8,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.clips import SEED
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, build
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.runtime.backends import choose_device
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.manifest import read_manifest
-
-SEED = 0
-"""Seed of random weights, noise and prompt embeddings."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.clips import Clip, frames_of, random_initial_latent, random_prompt
-from benchmarks.subject import SEED
+from benchmarks.clips import SEED, Clip, frames_of, random_initial_latent, random_prompt
 from benchmarks.timing import CallLog, Mark, marker, synchronize
 from benchmarks.upstream_modules import draw_weights, import_pipeline, randomise_zeros
 from causal_forcing.runtime.config import EngineConfig

@@ -193,3 +193,9 @@ def test_committed_results_say_what_they_were_taken_with() -> None:
     assert results
     for path in results:
         assert set(json.loads(path.read_text())["conditions"]) >= CONDITIONS, path.name
+
+
+def test_process_of_a_cold_start_imports_what_a_user_of_the_runtime_does() -> None:
+    code = "import sys, benchmarks.clips; print([name for name in sys.modules if 'build_engines' in name])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

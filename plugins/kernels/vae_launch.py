@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -227,8 +227,14 @@ def prepared(weight: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tenso
     if known is not None and known[0]() is weight and known[1] == version:
         return known[2]
     made = prepare(weight)
-    _prepared[key] = (weakref.ref(weight, lambda _: _prepared.pop(key, None)), version, made)
+    forget = functools.partial(_forget, _prepared, key)
+    _prepared[key] = (weakref.ref(weight, forget), version, made)
     return made
+
+
+def _forget(prepared_weights: dict[Any, Any], key: Any, _: object) -> None:
+    """Let go of what was made of a weight that is gone; takes the table along, which may go first at exit."""
+    prepared_weights.pop(key, None)
 
 
 def _accepts(x: torch.Tensor, elements: int, *others: torch.Tensor | None) -> bool:

@@ -130,6 +130,7 @@ class CudaEngine:
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
                 self._play()  # loads kernels, and lets cuDNN choose
                 stream.synchronize()
+                torch.cuda.empty_cache()  # the graph has a pool of its own: what the call worked in would stay taken
                 kind = self.spec.name.partition("_")[0]
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._shared.pools.get(kind), stream=stream):

@@ -319,7 +319,8 @@ def test_graphs_of_one_kind_share_their_memory_and_those_that_may_overlap_do_not
     engines.bind()
     graphs = {name: getattr(engine, "_graph", None) for name, engine in engines.engines.items()}
     pools = {name: graph.pool() for name, graph in graphs.items() if graph is not None}
-    assert sorted(pools) == ["dit_context", "dit_context_step", "dit_step", "vae_decoder", "vae_decoder_first"]
+    captured = ["dit_context", "dit_context_step", "dit_step", "prompt_kv", "vae_decoder", "vae_decoder_first"]
+    assert sorted(pools) == captured
     passes, decodes = ({pool for name, pool in pools.items() if name.startswith(kind)} for kind in ("dit", "vae"))
     assert len(passes) == len(decodes) == 1
     assert not passes & decodes
