@@ -13,7 +13,6 @@ from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.engine import CHANNELS_LAST, IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
-from causal_forcing.runtime.engines.kernel_cache import use_kernel_cache
 from causal_forcing.runtime.spec import IOTensor, NetworkSpec
 
 TAPE_SUFFIX = ".tape.json"
@@ -75,6 +74,8 @@ def compile_kernels(folder: Path, networks: Iterable[NetworkSpec], artefacts: Ma
         networks: What it holds.
         artefacts: Network name to the file of its tape.
     """
+    from causal_forcing.runtime.engines.kernel_cache import use_kernel_cache  # only here: it needs Triton
+
     device = torch.device("cuda", torch.cuda.current_device())
     use_kernel_cache(folder)
     weights = DeviceWeights(folder, device)
