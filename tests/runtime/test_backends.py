@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -83,6 +84,10 @@ def test_auto_without_the_first_backends_package_takes_the_next(monkeypatch: pyt
         (("tensorrt_rtx", "torch"), (90,), "auto", "torch"),
         (("tensorrt_rtx", "torch"), (90, 120), "cuda:1", "tensorrt-rtx"),
         (("onnxruntime", "torch"), (120,), "cuda", "torch"),
+        (("tensorrt", "triton", "torch"), (90,), "auto", "tensorrt"),
+        (("tensorrt_rtx", "triton", "torch"), (90,), "auto", "cuda"),
+        (("triton", "onnxruntime", "torch"), (80,), "cuda", "cuda"),
+        (("triton", "onnxruntime", "torch"), (90, 90), "cuda:1", "cuda"),
     ],
 )
 def test_auto_on_a_gpu_takes_the_first_installed_that_runs_on_its_generation(
@@ -101,7 +106,14 @@ def test_auto_without_any_package_says_what_to_install(monkeypatch: pytest.Monke
         choose_backend("auto", "cpu")
 
 
-@pytest.mark.parametrize("backend", OTHER_BACKENDS, ids=lambda backend: backend.name)
+def test_auto_on_a_cpu_leaves_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "triton", "onnxruntime", "torch")
+    assert choose_backend("auto", "cpu")[0].name == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "backend", [backend for backend in OTHER_BACKENDS if "cpu" in backend.runs_on], ids=lambda backend: backend.name
+)
 def test_backend_by_name_is_taken(backend: Backend) -> None:
     assert choose_backend(backend.name, "cpu") == (backend, "chosen by name")
 
@@ -111,8 +123,27 @@ def test_backend_by_name_without_its_package_says_what_to_install(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hide(monkeypatch, backend.module)
-    with pytest.raises(BackendUnavailableError, match=f"{backend.name!r} is not installed: pip install {backend.name}"):
+    package = {"cuda": "triton"}.get(backend.name, backend.name)
+    with pytest.raises(BackendUnavailableError, match=f"{backend.name!r} is not installed: pip install {package}$"):
         choose_backend(backend.name, "cpu")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cuda_by_name_is_taken_on_a_gpu_to_build_and_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, "tensorrt", "triton", "torch")
+    for device, for_build in itertools.product(("auto", "cuda", "cuda:1"), (False, True)):
+        assert choose_backend("cuda", device, for_build=for_build) == (BACKENDS["cuda"], "chosen by name")
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("for_build", [False, True])
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_cuda_without_a_gpu_neither_runs_nor_builds(
+    device: str, for_build: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, "triton", "torch")
+    with pytest.raises(BackendUnavailableError, match="'cuda' needs a CUDA GPU and torch sees none: use --backend onn"):
+        choose_backend("cuda", device, for_build=for_build)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -174,11 +205,14 @@ def test_precision_of_plans_that_is_not_given_is_bf16_wherever_they_are_built() 
 @pytest.mark.usefixtures("gpu")
 def test_precision_that_is_not_given_is_bf16_on_a_gpu_where_the_backend_has_it() -> None:
     assert choose_precision(BACKENDS["torch"], None, "cuda") == "bf16"
+    assert choose_precision(BACKENDS["cuda"], None, "cuda") == "bf16"
     assert choose_precision(BACKENDS["onnxruntime"], None, "cuda") == "fp32"
 
 
 def test_precision_that_is_given_is_taken_if_the_backend_has_it() -> None:
     assert choose_precision(BACKENDS["torch"], "fp16", "cpu") == "fp16"
+    with pytest.raises(UsageError, match="backend 'cuda' does not run fp32: use --precision bf16 or fp16"):
+        choose_precision(BACKENDS["cuda"], "fp32", "cuda")
     with pytest.raises(UsageError, match="backend 'onnxruntime' does not run fp16: use --precision fp32"):
         choose_precision(BACKENDS["onnxruntime"], "fp16", "cpu")
 
@@ -189,6 +223,12 @@ def test_artefact_version_is_the_opset_or_the_librarys_major_and_minor() -> None
     version = BACKENDS["torch"].artefact_version()
     assert full.startswith(f"{version}.")
     assert version.count(".") == 1
+
+
+def test_artefact_version_of_tapes_is_torchs_and_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0+cu130", "triton": "3.9.1"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    assert BACKENDS["cuda"].artefact_version() == "torch2.13+triton3.9"
 
 
 @pytest.mark.parametrize("backend", PLAN_BACKENDS, ids=lambda backend: backend.name)
