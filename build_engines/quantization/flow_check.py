@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.networks import Network
+from causal_forcing.build_engines.networks import Network, dit_networks
 from causal_forcing.build_engines.quantization.passes import PassPlan, run_passes
 from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.engine import IOTensors
 
 
 def flow_error(dit: CausalDiT, recipe: Recipe, config: EngineConfig, plan: PassPlan, embedding: torch.Tensor) -> float:
@@ -31,18 +32,17 @@ def flow_error(dit: CausalDiT, recipe: Recipe, config: EngineConfig, plan: PassP
         embedding: The clip's prompt, [B, text_len, text_dim].
     """
     quantised = recipe.modules(dit)
-    caches: dict[int, torch.Tensor] = {}
+    with _replaced(dit, quantised):  # caches hold codes where attention is quantised
+        networks = dit_networks(dit, plan.geometry, precision=config.dtype, timesteps=1)
+    caches = {source for network in networks for _, source in network.spec.states}
+    quantised_io = IOTensors([network.spec for network in networks if network.spec.states], torch.device(plan.device))
     squares = torch.zeros(2, dtype=torch.float64)
 
     def twice(network: Network) -> Callable[..., Any]:
-        states = {source for _, source in network.spec.states}
-        is_cache = [io_tensor.name in states for io_tensor in network.spec.inputs]
+        names = [io_tensor.name for io_tensor in network.spec.inputs]
 
         def run(*inputs: torch.Tensor) -> Any:
-            own = [
-                caches.setdefault(tensor.data_ptr(), tensor.clone()) if cached else tensor
-                for cached, tensor in zip(is_cache, inputs, strict=True)
-            ]
+            own = [quantised_io[name] if name in caches else tensor for name, tensor in zip(names, inputs, strict=True)]
             with _replaced(dit, quantised):
                 got = network.module(*own)
             want = network.module(*inputs)

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from causal_forcing.build_engines.builder import BuildJob
+from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
-from causal_forcing.build_engines.quantization import attention_choice, calibration, linear_choice
+from causal_forcing.build_engines.quantization import attention_choice, calibration, linear_choice, passes
 from causal_forcing.build_engines.quantization.calibration import Calibration
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
 from causal_forcing.build_engines.quantization.fp8_linear import E4M3_MAX, QuantizedLinear
+from causal_forcing.build_engines.quantization.head_scales import HeadScales
 from causal_forcing.build_engines.quantization.passes import plan_passes, run_passes
 from causal_forcing.build_engines.quantization.prompts import embed_prompts
 from causal_forcing.build_engines.quantization.recipe import HEADROOM, linear_groups
@@ -112,6 +114,23 @@ def test_calibration_for_a_backend_with_a_plugin_leaves_attention_whole(
     outcome = calibrate_tiny()
     assert not outcome.recipe.attention
     assert outcome.record["attention"] == {}
+
+
+def test_calibration_for_caches_of_codes_has_scales_a_head_and_measures_the_flow_with_them(
+    tiny_fp8_job: BuildJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "PROMPTS", 1)
+    # The backend's engines need a GPU, its calibration does not: the config is another backend's under its name.
+    config = replace(tiny_fp8_job.config, backend="cuda")
+    source = RandomModels(model=config.variant.model, seed=0, dtype=torch.bfloat16)
+    outcome = calibration.calibrate(source, config, None)
+    spec = config.variant.model.dit
+    assert outcome.recipe.attention
+    for scales in outcome.recipe.attention.values():
+        assert isinstance(scales, HeadScales)
+        assert scales.scales.shape == (3, spec.num_heads)
+        assert scales.k_offset.shape == (spec.num_heads, spec.head_dim)
+    assert 0 < outcome.record["flow_error"] < 0.1
 
 
 def test_applied_recipe_leaves_all_but_the_layers_linears_in_the_carrier_type(
