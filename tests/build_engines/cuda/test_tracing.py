@@ -169,7 +169,7 @@ def test_queries_keys_and_values_are_views_of_one_product(record: Record) -> Non
         assert [part.arguments[1:] for part in parts] == [(-1, start, start + dim) for start in (0, dim, 2 * dim)]
 
 
-def test_networks_that_run_every_chunk_are_captured(record: Record) -> None:
+def test_networks_that_run_every_chunk_or_prompt_are_captured(record: Record) -> None:
     tapes = [
         (name, recorded.tape(name))
         for parts in (("dit",), ("vae",), ("text_encoder",))
@@ -177,7 +177,7 @@ def test_networks_that_run_every_chunk_are_captured(record: Record) -> None:
         for name in recorded.networks
     ]
     assert {name for name, tape in tapes if tape.captured} == {
-        "dit_step", "dit_context", "dit_context_step", "vae_decoder_first", "vae_decoder",
+        "prompt_kv", "dit_step", "dit_context", "dit_context_step", "vae_decoder_first", "vae_decoder",
     }  # fmt: skip
 
 
