@@ -190,6 +190,12 @@ def choose_precision(backend: Backend, precision: str | None, device: str) -> st
         raise UsageError(
             f"backend {backend.name!r} does not run {precision}: use --precision {' or '.join(backend.precisions)}"
         )
+    if backend.name == "cuda" and precision == "fp8":
+        here = capability(choose_device(device))
+        if here < FP8_COMPUTE_CAPABILITY:
+            raise UsageError(
+                f"--precision fp8 needs compute capability {FP8_COMPUTE_CAPABILITY} or above, got {here}: use bf16"
+            )
     return precision
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.quantization.attention_choice import AttentionErrors
@@ -62,6 +64,8 @@ def calibrate(source: ModelSource, config: EngineConfig, tokenizer: Path | None)
     groups = linear_groups(len(dit.layers))
     names = [f"blocks.{index}.cache_attention" for index in range(len(dit.layers))]
     kind = ATTENTION_BACKENDS.get(config.backend)
+    if config.backend == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        kind = None  # only Hopper has a kernel that multiplies codes
     attention = names if kind is not None else []
     with observed(
         dit, groups, attention, kind or AttentionObservation, expected_passes=plan.expected_passes(config)

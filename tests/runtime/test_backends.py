@@ -340,3 +340,10 @@ def test_device_with_an_index_beyond_the_last_gpu_says_how_many_there_are() -> N
 def test_unknown_device_lists_the_valid_ones(device: str) -> None:
     with pytest.raises(UnknownNameError, match=f"unknown device '{device}'.*valid: auto, cpu, cuda, cuda:N"):
         choose_device(device)
+
+
+def test_fp8_of_cuda_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 86, 89)
+    with pytest.raises(UsageError, match="--precision fp8 needs compute capability 89 or above, got 86: use bf16"):
+        choose_precision(BACKENDS["cuda"], "fp8", "cuda:0")
+    assert choose_precision(BACKENDS["cuda"], "fp8", "cuda:1") == "fp8"
