@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from causal_forcing.build_engines.cuda.columns import hand_out_columns
 from causal_forcing.build_engines.cuda.constants import Constants, add_constant
 from causal_forcing.build_engines.quantization import fp8_linear  # noqa: F401  # registers the op
 from causal_forcing.plugins import fp8_ops
@@ -36,17 +37,7 @@ def split_fp8_linears(graph: fx.Graph, constants: Constants) -> None:
         with graph.inserting_before(linears[0]):
             codes = graph.call_function(ours.quantize.default, (source, linears[0].args[1], scale))
             product = graph.call_function(ours.fp8_product.default, (codes, weight, *scales, bias))
-            offset = 0
-            for node, part in zip(linears, weights, strict=True):
-                width = part.shape[0]
-                columns = product
-                if len(linears) > 1:
-                    columns = graph.call_function(aten.slice.Tensor, (product, -1, offset, offset + width))
-                columns.meta = dict(node.meta)
-                node.replace_all_uses_with(columns)
-                offset += width
-        for node in linears:
-            graph.erase_node(node)
+            hand_out_columns(graph, product, linears)
 
 
 def fuse_quantize(graph: fx.Graph, constants: Constants) -> None:

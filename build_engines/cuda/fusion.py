@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from causal_forcing.build_engines.cuda.columns import hand_out_columns
 from causal_forcing.build_engines.cuda.constants import Constants, add_constant
 from causal_forcing.build_engines.cuda.fp8_fusion import fuse_quantize, split_fp8_linears
 from causal_forcing.plugins import dit_ops, fp8_attention_ops, linear_ops  # noqa: F401  # registers the ops
@@ -47,17 +48,8 @@ def merge_linears(graph: fx.Graph, constants: Constants) -> None:
             add_constant(graph, constants, [part for linear in linears for part in constants[linear.args[index].name]])
             for index in (1, 2)
         )
-        widths = [linear.meta["val"].shape[-1] for linear in linears]
         with graph.inserting_before(linears[0]):
-            merged = graph.call_function(aten.linear.default, (source, weight, bias))
-            offset = 0
-            for linear, width in zip(linears, widths, strict=True):
-                part = graph.call_function(aten.slice.Tensor, (merged, -1, offset, offset + width))
-                part.meta = dict(linear.meta)
-                linear.replace_all_uses_with(part)
-                offset += width
-        for linear in linears:
-            graph.erase_node(linear)
+            hand_out_columns(graph, graph.call_function(aten.linear.default, (source, weight, bias)), linears)
 
 
 def fuse_gelu(graph: fx.Graph, constants: Constants) -> None:
