@@ -70,7 +70,7 @@ def test_passes_in_a_session_write_the_caches_and_count_every_pass(tiny_fp8_job:
     embeds = [torch.randn(1, 512, 32)]
     passes = run_passes(job.source.dit(), job.config, plan, embeds, in_place_of=noting)
     chunk = ["dit_step"] * 4
-    assert calls == (chunk + ["dit_context"]) * 2 + chunk  # nothing would read what the last chunk leaves
+    assert calls == [*chunk, "dit_context"] * 2 + chunk  # nothing would read what the last chunk leaves
     assert passes == 14
     assert valid[-1] == job.config.geometry.cache_slots  # the window is full
 
