@@ -145,24 +145,31 @@ def make_inputs(spec: NetworkSpec, geometry: Geometry, model: ModelSpec, seed: i
     """Make inputs that a session could give: unit normal tensors, a chunk in the middle of the window."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {io.name: torch.randn(io.shape, generator=generator).to(getattr(torch, io.dtype)) for io in spec.inputs}
-    if "slots" in inputs:
-        start = (geometry.window_frames - geometry.chunk_frames) // 2
-        frames = torch.arange(start, start + geometry.chunk_frames, dtype=torch.int32)
-        inputs["slots"] = frames * geometry.tokens_per_frame
-        inputs["valid_slots"].fill_((start + geometry.chunk_frames) * geometry.tokens_per_frame)
-        RopePhases(
-            inputs["rope_cos"],
-            inputs["rope_sin"],
-            frames=geometry.chunk_frames,
-            rows=geometry.token_rows,
-            columns=geometry.token_columns,
-        ).place(start)
+    for prefix in ("", "pair_"):
+        if f"{prefix}slots" in inputs:
+            _place(inputs, prefix, geometry)
     if "token_mask" in inputs:
         shape = inputs["token_mask"].shape
         inputs["token_mask"] = (torch.arange(shape[1]) < shape[1] // 3).long().expand(shape).contiguous()
     if "token_ids" in inputs:
         inputs["token_ids"] = torch.randint(model.text.vocab_size, inputs["token_ids"].shape, generator=generator)
     return inputs
+
+
+def _place(inputs: dict[str, torch.Tensor], prefix: str, geometry: Geometry) -> None:
+    """Tell a pass where its chunks lie, in the middle of the window; each attends to itself and what lies before it."""
+    slots, valid_slots = inputs[f"{prefix}slots"], inputs[f"{prefix}valid_slots"]
+    start = (geometry.window_frames - len(slots)) // 2
+    slots.copy_(torch.arange(start, start + len(slots)) * geometry.tokens_per_frame)
+    ends = torch.arange(start, start + len(slots), geometry.chunk_frames) + geometry.chunk_frames
+    valid_slots.copy_((ends * geometry.tokens_per_frame).repeat_interleave(geometry.batch))
+    RopePhases(
+        inputs[f"{prefix}rope_cos"],
+        inputs[f"{prefix}rope_sin"],
+        frames=len(slots),
+        rows=geometry.token_rows,
+        columns=geometry.token_columns,
+    ).place(start)
 
 
 def _run_engine(engine: Engine, inputs: Tensors, device: torch.device) -> dict[str, torch.Tensor]:

@@ -160,3 +160,17 @@ def test_inputs_place_a_chunk_inside_any_window(window: int, sink: int, chunk: i
     assert {name: (tuple(t.shape), str(t.dtype)) for name, t in inputs.items()} == {
         io.name: (io.shape, f"torch.{io.dtype}") for io in step.inputs
     }
+
+
+def test_inputs_of_a_pass_over_two_chunks_place_one_behind_the_other(job: BuildJob) -> None:
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, backend="cuda"))
+    (pair,) = [n for n in cut_networks(job) if n.spec.name == "dit_context_step"]
+    geometry = job.config.geometry
+    inputs = make_inputs(pair.spec, geometry, TINY, seed=0)
+    tokens, chunk = geometry.tokens_per_frame, geometry.chunk_tokens
+    slots = inputs["pair_slots"].tolist()
+    assert slots == list(range(slots[0], slots[0] + 2 * chunk, tokens))
+    assert inputs["pair_valid_slots"].tolist() == [slots[0] + chunk, slots[0] + 2 * chunk]
+    assert slots[0] + 2 * chunk <= geometry.cache_slots
+    assert (inputs["pair_rope_cos"].square() + inputs["pair_rope_sin"].square()).allclose(torch.ones(()))
+    assert all(output.isfinite().all() for output in verification._run_module(pair, inputs).values())
