@@ -77,13 +77,14 @@ def examine(cache_folder: Path) -> Report:
     onnxruntime = guard("onnxruntime", doctor_host.probe_onnxruntime)
     tensorrt = guard(TENSORRT.name, lambda: probe_tensorrt(TENSORRT, gpus))
     tensorrt_rtx = guard(TENSORRT_RTX.name, lambda: probe_tensorrt(TENSORRT_RTX, gpus))
-    # The plugin's kernels are Triton's; they are compiled where a tensorrt plan is built and run.
-    needs_triton = tensorrt.status == "ok" and bool(gpus.gpus)
     # TensorRT's engines run on torch's buffers and streams.
     torch_sees_gpus = torch.status == "ok" and bool(gpus.gpus)
+    # The kernels of the cuda backend and of TensorRT's plugin; they are compiled where an engine is built.
+    triton = guard("triton", lambda: probe_tool("triton", "kernels for GPUs", is_needed=bool(gpus.gpus)))
     runs = {
         TENSORRT.name: torch_sees_gpus and tensorrt.status == "ok" and bool(TENSORRT.fit(gpus)),
         TENSORRT_RTX.name: torch_sees_gpus and tensorrt_rtx.status == "ok" and bool(TENSORRT_RTX.fit(gpus)),
+        "cuda": torch_sees_gpus and is_installed("triton"),
         "onnxruntime": onnxruntime.status != "fail",
         "torch": torch.status != "fail",
     }
@@ -99,7 +100,7 @@ def examine(cache_folder: Path) -> Report:
         onnxruntime,
         tensorrt,
         tensorrt_rtx,
-        guard("triton", lambda: probe_tool("triton", "kernels of tensorrt's plugin", is_needed=needs_triton)),
+        triton,
         guard("polygraphy", lambda: probe_tool("polygraphy", "NVIDIA's tools for plans")),
         guard("video", doctor_host.probe_video),
         guard("ffmpeg", doctor_host.probe_ffmpeg),

@@ -197,9 +197,9 @@ def test_doctor_without_gpu_wants_no_tensorrt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("installed", "status", "detail", "backends"),
     [
-        (None, "warn", "not installed", "onnxruntime, torch"),
-        ("10.9.0.34", "warn", "10.9.0.34, expected 10.15 or newer", "onnxruntime, torch"),
-        ("10.15.1.29", "ok", "10.15.1.29, serves sm_90", "tensorrt, onnxruntime, torch"),
+        (None, "warn", "not installed", "cuda, onnxruntime, torch"),
+        ("10.9.0.34", "warn", "10.9.0.34, expected 10.15 or newer", "cuda, onnxruntime, torch"),
+        ("10.15.1.29", "ok", "10.15.1.29, serves sm_90", "tensorrt, cuda, onnxruntime, torch"),
     ],
 )
 def test_doctor_with_gpu_judges_tensorrt_by_version(
@@ -253,9 +253,14 @@ def test_doctor_tells_a_tensorrt_that_does_not_work_from_one_that_does(
 @pytest.mark.parametrize(
     ("capability", "detail", "usable", "command"),
     [
-        (89, "", "tensorrt-rtx, onnxruntime, torch", "cf-build shapes --backend tensorrt-rtx"),
-        (80, "", "tensorrt-rtx, onnxruntime, torch", "cf-build shapes --backend tensorrt-rtx --compute-capability 80"),
-        (90, "; does not run on sm_90", "onnxruntime, torch", "cf-build shapes --backend tensorrt-rtx"),
+        (89, "", "tensorrt-rtx, cuda, onnxruntime, torch", "cf-build shapes --backend tensorrt-rtx"),
+        (
+            80,
+            "",
+            "tensorrt-rtx, cuda, onnxruntime, torch",
+            "cf-build shapes --backend tensorrt-rtx --compute-capability 80",
+        ),
+        (90, "; does not run on sm_90", "cuda, onnxruntime, torch", "cf-build shapes --backend tensorrt-rtx"),
     ],
 )
 def test_doctor_says_which_gpus_tensorrt_rtx_serves(
@@ -298,6 +303,12 @@ def test_doctor_commands_begin_with_every_fix_once_and_end_in_looking_again_wher
 def test_doctor_knows_the_backends_that_there_are(tmp_path: Path) -> None:
     usable = look(tmp_path)["backends"].detail.removeprefix("usable: ").split(", ")
     assert [name for name in BACKENDS if name in usable] == usable
+
+
+def test_doctor_without_triton_leaves_cuda_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_missing(monkeypatch, "triton", "tensorrt", "tensorrt_rtx")
+    pretend_modules(monkeypatch, pynvml=fake_nvml(), torch=fake_torch(has_cuda=True))
+    assert look(tmp_path)["backends"].detail == "usable: onnxruntime, torch"
 
 
 def test_doctor_missing_tool_is_a_warning_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
