@@ -10,6 +10,7 @@ from typing import Any
 from causal_forcing.build_engines.plans.plan_set import LAYERS_SUFFIX
 from causal_forcing.runtime.config import PlanOptions
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
+from causal_forcing.runtime.tape import TAPE_SUFFIX, Tape, read_tape
 
 
 def inspect_engine(folder: Path) -> dict[str, Any]:
@@ -46,8 +47,11 @@ def inspect_engine(folder: Path) -> dict[str, Any]:
 
 def _network(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     spec, file = manifest.network(name), manifest.artefacts[name]
-    size_bytes = sum(entry.bytes for path, entry in manifest.files.items() if path.startswith(file))
-    operators = _onnx_operators(folder / file) if file.endswith(".onnx") else {}
+    tape = read_tape(folder / file) if file.endswith(TAPE_SUFFIX) else None
+    # Weights that networks share count for each of them.
+    files = (file,) if tape is None else (file, tape.weight_file)
+    size_bytes = sum(entry.bytes for path, entry in manifest.files.items() if path.startswith(files))
+    operators = _onnx_operators(folder / file) if file.endswith(".onnx") else _tape_operators(tape)
     known = folder / f"{name}{LAYERS_SUFFIX}"
     return {
         "network": name,
@@ -78,6 +82,12 @@ def _plan(known: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     """Return what is known of a plan: its layers, their precisions, what shares memory, what it takes and took."""
     information: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
     return {**information, "build": manifest.build["plans"][name]}
+
+
+def _tape_operators(tape: Tape | None) -> dict[str, int]:
+    """Count the operators of a tape, the five most frequent first; none where there is no tape."""
+    calls = () if tape is None else tape.calls
+    return dict(Counter(call.operator.split(".")[1] for call in calls).most_common(5))
 
 
 def _onnx_operators(path: Path) -> dict[str, int]:

@@ -19,6 +19,9 @@ from typing import Any
 
 from causal_forcing.runtime.errors import EngineDamagedError
 
+TAPE_SUFFIX = ".tape.json"
+"""End of a tape's file name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:

@@ -14,9 +14,7 @@ from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.engine import CHANNELS_LAST, IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.spec import IOTensor, NetworkSpec
-
-TAPE_SUFFIX = ".tape.json"
-"""End of a tape's file name."""
+from causal_forcing.runtime.tape import TAPE_SUFFIX
 
 _CACHES = ("decoder_cache", "encoder_cache")
 """Parts of the names of convolution caches."""

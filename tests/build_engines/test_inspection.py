@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from causal_forcing.build_engines import builder
 from causal_forcing.build_engines.inspection import inspect_engine
+from causal_forcing.build_engines.planner import make_job
+from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.errors import EngineDamagedError, EngineNotFoundError
 from causal_forcing.runtime.manifest import read_manifest
 
@@ -57,3 +61,19 @@ def test_inspect_of_a_damaged_engine_names_the_file(tiny_engine: Path, tmp_path:
     (copied / "prompt_kv.onnx").write_bytes(b"")
     with pytest.raises(EngineDamagedError, match=r"prompt_kv\.onnx"):
         inspect_engine(copied)
+
+
+def test_inspect_of_tapes_tells_their_operators_and_the_weights_that_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EngineOptions(slug="tiny", backend="torch", precision="bf16", pixel_height=32, pixel_width=48)
+    job = make_job(options, device="cpu")
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, backend="cuda"), parts=("dit",))
+    monkeypatch.setattr(builder, "compile_kernels", lambda *arguments: None)  # needs a GPU
+    builder.build(job, tmp_path / "engine")
+    summary = inspect_engine(tmp_path / "engine")
+    rows = {row["network"]: row for row in summary["networks"]}
+    weights = (tmp_path / "engine" / "dit.safetensors").stat().st_size
+    assert {row["bytes"] - (tmp_path / "engine" / row["file"]).stat().st_size for row in rows.values()} == {weights}
+    assert "add_norm" in rows["dit_context_step"]["operators"]
+    assert list(rows) == ["timestep_modulation", "prompt_kv", "dit_step", "dit_context", "dit_context_step"]
