@@ -10,6 +10,8 @@ and the cache is a ring that nothing shifts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -241,6 +243,26 @@ class PromptKV(nn.Module):
         return tuple(outputs)
 
 
+def run_layers(
+    layers: Sequence[Layer],
+    x: torch.Tensor,
+    layer_modulation: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    cross: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run the first layers of a pass; returns the residual stream [B, L, dim] and their caches in order."""
+    caches_out: list[torch.Tensor] = []
+    for index, layer in enumerate(layers):
+        modulation = layer_modulation[index]
+        attention, *written = layer.attend_self(x, modulation, rope, caches[index], slots, valid_slots)
+        x = layer.finish(x, attention, modulation, cross[index])
+        caches_out += written
+    return x, caches_out
+
+
 class DiTStep(nn.Module):
     """One denoising pass: a noisy chunk to its flow; leaves the chunk's keys and values in the cache."""
 
@@ -277,16 +299,11 @@ class DiTStep(nn.Module):
         """
         layers = self.dit.layers
         cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
-        x = self.dit.embed(latent)
-        caches_out: list[torch.Tensor] = []
-        for index, layer in enumerate(layers):
-            modulation = layer_modulation[index]
-            attention, *written = layer.attend_self(
-                x, modulation, (rope_cos, rope_sin), caches[index], slots, valid_slots
-            )
-            x = layer.finish(x, attention, modulation, cross[index])
-            caches_out += written
-        return (self.dit.unpatchify(self.dit.head(x, head_modulation), latent), *caches_out)
+        rope = (rope_cos, rope_sin)
+        x, written = run_layers(
+            layers, self.dit.embed(latent), layer_modulation, rope, cross, caches, slots, valid_slots
+        )
+        return (self.dit.unpatchify(self.dit.head(x, head_modulation), latent), *written)
 
 
 class DiTContext(nn.Module):
@@ -310,15 +327,11 @@ class DiTContext(nn.Module):
         *layers, last = self.dit.layers
         cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
         rope = (rope_cos, rope_sin)
-        x = self.dit.embed(latent)
-        caches_out: list[torch.Tensor] = []
-        for index, layer in enumerate(layers):
-            modulation = layer_modulation[index]
-            attention, *written = layer.attend_self(x, modulation, rope, caches[index], slots, valid_slots)
-            x = layer.finish(x, attention, modulation, cross[index])
-            caches_out += written
-        _, *written = last.attend_self(x, layer_modulation[-1], rope, caches[-1], slots, valid_slots)
-        return (*caches_out, *written)
+        x, written = run_layers(
+            layers, self.dit.embed(latent), layer_modulation, rope, cross, caches, slots, valid_slots
+        )
+        _, *last_written = last.attend_self(x, layer_modulation[-1], rope, caches[-1], slots, valid_slots)
+        return (*written, *last_written)
 
 
 class DiTContextStep(nn.Module):
@@ -360,21 +373,16 @@ class DiTContextStep(nn.Module):
         Returns:
             Flow of the noisy chunk [1, F, C, h, w], then the caches in their order.
         """
-        layers = self.dit.layers
-        cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
+        *layers, last = self.dit.layers
+        pairs = _pairs(cross_and_caches)
+        cross, caches = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        rope = (rope_cos, rope_sin)
         x = self.dit.embed(torch.cat((latent, next_latent), dim=1))
-        caches_out: list[torch.Tensor] = []
-        for index, layer in enumerate(layers):
-            modulation = layer_modulation[index]
-            attention, *written = layer.attend_self(
-                x, modulation, (rope_cos, rope_sin), caches[index], slots, valid_slots
-            )
-            if layer is layers[-1]:
-                noisy = x.shape[1] // 2
-                x, attention, modulation = x[:, noisy:], attention[:, :, noisy:], modulation[1]
-            x = layer.finish(x, attention, modulation, cross[index])
-            caches_out += written
-        return (self.dit.unpatchify(self.dit.head(x, head_modulation), next_latent), *caches_out)
+        x, written = run_layers(layers, x, layer_modulation, rope, cross, caches, slots, valid_slots)
+        modulation, noisy = layer_modulation[-1], x.shape[1] // 2
+        attention, *last_written = last.attend_self(x, modulation, rope, caches[-1], slots, valid_slots)
+        x = last.finish(x[:, noisy:], attention[:, :, noisy:], modulation[1], cross[-1])
+        return (self.dit.unpatchify(self.dit.head(x, head_modulation), next_latent), *written, *last_written)
 
 
 def _pairs(tensors: Tensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
