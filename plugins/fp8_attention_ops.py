@@ -11,7 +11,7 @@ import torch
 
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.dit_ops import norm_rope, split_heads
-from causal_forcing.plugins.fp8_ops import to_e4m3
+from causal_forcing.plugins.fp8_ops import quantize_e4m3
 from causal_forcing.plugins.fused_op import fused_op, kernel_of
 
 SLOT_GROUP = 16
@@ -55,15 +55,15 @@ def segmented_attention_fp8(
     """
     q_scale, k_scale, v_scale = (scales[:, None, None] for scales in head_scales)
     slot = reference.token_slots(slots, q.shape[2])
-    k_codes = to_e4m3((k.float() - k_offset[:, None]) / k_scale, None, 1.0)
-    v_codes = to_e4m3(v.float() / v_scale, None, 1.0).transpose(2, 3)
+    k_codes = quantize_e4m3(k.float() - k_offset[:, None], k_scale)
+    v_codes = quantize_e4m3(v, v_scale).transpose(2, 3)
     # As bytes, since torch does not index e4m3 everywhere.
     k_cache.view(torch.uint8).index_copy_(2, slot, k_codes.view(torch.uint8))
     v_cache.view(torch.uint8).index_copy_(3, value_column(slot), v_codes.contiguous().view(torch.uint8))
     keys = (k_cache.float() * k_scale).to(q.dtype)
     columns = value_column(torch.arange(k_cache.shape[2], device=slots.device))
     values = (v_cache.float()[..., columns].transpose(2, 3) * v_scale).to(q.dtype)
-    queries = (to_e4m3(q.float() / q_scale, None, 1.0).float() * q_scale).to(q.dtype)
+    queries = (quantize_e4m3(q, q_scale).float() * q_scale).to(q.dtype)
     segments = max(1, valid_slots.shape[0] // q.shape[0])
     attended = [
         reference.attend(chunk, keys, values, valid, scale)

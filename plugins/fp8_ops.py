@@ -16,10 +16,20 @@ E4M3_MAX = 448.0
 """Largest finite e4m3 number; there is no infinity, and torch's own conversion makes NaN of what lies beyond."""
 
 
+def quantize_e4m3(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Quantise to e4m3, rounding to nearest even and saturating at ±448, as ONNX's QuantizeLinear does.
+
+    Args:
+        x: Any shape and float dtype.
+        scale: What a code of 1 stands for; a tensor broadcasts against `x`.
+    """
+    divisor = scale.float() if isinstance(scale, torch.Tensor) else scale
+    return (x.float() / divisor).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
 def to_e4m3(x: torch.Tensor, multiplier: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Quantise `x` times `multiplier`, rounding to nearest even and saturating."""
-    even = x if multiplier is None else x * multiplier
-    return (even.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    """Quantise `x` times `multiplier`."""
+    return quantize_e4m3(x if multiplier is None else x * multiplier, scale)
 
 
 @fused_op(kernel=kernel_of("norm_launch", "run_quantize"))

@@ -22,11 +22,7 @@ from onnxscript import opset23 as op
 from torch import nn
 
 from causal_forcing.plugins.contract import DOMAIN
-
-E4M3 = torch.float8_e4m3fn
-
-E4M3_MAX = 448.0
-"""Largest finite e4m3 number; there is no infinity, and torch's own conversion makes NaN of what lies beyond."""
+from causal_forcing.plugins.fp8_ops import E4M3_MAX, quantize_e4m3
 
 
 def power_of_two_scale(peak: torch.Tensor) -> torch.Tensor:
@@ -39,16 +35,6 @@ def power_of_two_scale(peak: torch.Tensor) -> torch.Tensor:
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     # The smallest scale is far above fp32's and bf16's smallest number: dequantised values stay normal there.
     return torch.where(peak == 0, 1.0, torch.ldexp(torch.ones_like(peak), exponent.clamp(-60, 60)))
-
-
-def quantize_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Quantise to e4m3, rounding to nearest even and saturating at ±448, as ONNX's QuantizeLinear does.
-
-    Args:
-        x: Any shape and float dtype.
-        scale: Broadcasts against `x`.
-    """
-    return (x.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

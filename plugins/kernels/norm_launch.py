@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
+from causal_forcing.plugins.fp8_ops import E4M3
 from causal_forcing.plugins.kernels.norms import add_norm_kernel, quantize_kernel
 
-E4M3 = torch.float8_e4m3fn
 _WARPS = 4
 
 

@@ -17,11 +17,12 @@ from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
 from causal_forcing.build_engines.quantization import attention_choice, calibration, linear_choice, passes
 from causal_forcing.build_engines.quantization.calibration import Calibration
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
-from causal_forcing.build_engines.quantization.fp8_linear import E4M3_MAX, QuantizedLinear
+from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear
 from causal_forcing.build_engines.quantization.head_scales import HeadScales
 from causal_forcing.build_engines.quantization.passes import plan_passes, run_passes
 from causal_forcing.build_engines.quantization.prompts import embed_prompts
 from causal_forcing.build_engines.quantization.recipe import HEADROOM, linear_groups
+from causal_forcing.plugins.fp8_ops import E4M3_MAX
 
 
 def largest_inputs(dit: CausalDiT, job: BuildJob) -> dict[str, float]:

@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.quantization.fp8_linear import (
-    E4M3_MAX,
-    QuantizedLinear,
-    fake_quantize,
-    power_of_two_scale,
-    quantize_e4m3,
-)
+from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear, fake_quantize, power_of_two_scale
+from causal_forcing.plugins.fp8_ops import E4M3_MAX, quantize_e4m3
 
 
 @pytest.fixture
