@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +12,30 @@ from torch import nn
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.models.dit import Layer
 from causal_forcing.build_engines.networks import Network
+from causal_forcing.build_engines.quantization.passes import ModuleEngine
 from causal_forcing.plugins.fused_op import keeps_fused_ops
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
-from causal_forcing.runtime.spec import NetworkSpec
 
 
-class ModuleEngine:
-    """A torch module, run eagerly, or recorded into a CUDA graph at its second call and replayed from then on.
+class RecordedEngine(ModuleEngine):
+    """A torch module that is recorded into a CUDA graph at its second call and replayed from then on."""
 
-    Args:
-        spec: The network.
-        module: Takes its inputs in order, returns its outputs in order; on the engines' device.
-        in_graph: Whether to record it.
-    """
-
-    def __init__(self, spec: NetworkSpec, module: nn.Module, *, in_graph: bool = False) -> None:
-        self.spec = spec
-        self._module, self._in_graph = module, in_graph
-        self._inputs: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor | None] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._has_run = False
-
-    def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Engine.bind`."""
-        states = dict(self.spec.states)
-        self._inputs = [io_tensors[io_tensor.name] for io_tensor in self.spec.inputs]
-        self._copies = [
-            None
-            if self.spec.in_place and io_tensor.name in states
-            else io_tensors[states.get(io_tensor.name, io_tensor.name)]
-            for io_tensor in self.spec.outputs
-        ]
+    _graph: torch.cuda.CUDAGraph | None = None
+    _has_run = False
 
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
-        if self._graph is None and self._in_graph and self._has_run:
+        if self._graph is None and self._has_run:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._run()
+                super().enqueue()
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._run()
+            super().enqueue()
             self._has_run = True
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        outputs = self._module(*self._inputs)
-        if isinstance(outputs, torch.Tensor):
-            outputs = (outputs,)
-        for target, output in zip(self._copies, outputs, strict=True):
-            if target is not None:
-                target.copy_(output)
 
 
 def cut_modules(job: BuildJob, device: torch.device) -> list[Network]:
@@ -94,10 +62,8 @@ def module_engines(
     if compiler is not None:
         modules = compile_modules(modules, compiler)
     specs = [network.spec for network in networks]
-    in_graph = in_graph and device.type == "cuda"
-    engines: dict[str, Engine] = {
-        spec.name: ModuleEngine(spec, module, in_graph=in_graph) for spec, module in zip(specs, modules, strict=True)
-    }
+    make = RecordedEngine if in_graph and device.type == "cuda" else ModuleEngine
+    engines: dict[str, Engine] = {spec.name: make(spec, module) for spec, module in zip(specs, modules, strict=True)}
     manifest = Manifest(config=job.config, networks=tuple(specs), artefacts={}, files={})
     return EngineSet(folder=Path(), manifest=manifest, engines=engines, device=device)
 

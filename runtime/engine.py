@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -26,6 +26,26 @@ class Engine(Protocol):
 
         Afterwards every state's input buffer holds the new state.
         """
+
+
+def copy_targets(spec: NetworkSpec, io_tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return the buffer that each output of a module is copied to; None where the op has updated it in place.
+
+    A state goes straight to its input's buffer: the call has finished reading it by then.
+    """
+    states = dict(spec.states)
+    return [
+        None if spec.in_place and output.name in states else io_tensors[states.get(output.name, output.name)]
+        for output in spec.outputs
+    ]
+
+
+def copy_outputs(outputs: torch.Tensor | Sequence[torch.Tensor], targets: Sequence[torch.Tensor | None]) -> None:
+    """Copy what a module returned, one tensor or several, to its targets."""
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    for target, output in zip(targets, outputs, strict=True):
+        if target is not None:
+            target.copy_(output)
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

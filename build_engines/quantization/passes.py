@@ -14,7 +14,7 @@ from torch import nn
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.networks import Network, dit_networks
 from causal_forcing.runtime.config import EngineConfig
-from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engine import Engine, copy_outputs, copy_targets
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.schedule import plan_variant
@@ -116,18 +116,13 @@ class ModuleEngine:
 
     def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.bind`."""
-        states = {output for output, _ in self.spec.states}
         self._inputs = [io_tensors[io_tensor.name] for io_tensor in self.spec.inputs]
-        # The op has written states in place.
-        self._outputs = [None if io.name in states else io_tensors[io.name] for io in self.spec.outputs]
+        self._outputs = copy_targets(self.spec, io_tensors)
 
     @torch.inference_mode()
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
-        given = self._run(*self._inputs)
-        for target, output in zip(self._outputs, (given,) if torch.is_tensor(given) else given, strict=True):
-            if target is not None:
-                target.copy_(output)
+        copy_outputs(self._run(*self._inputs), self._outputs)
 
 
 def run_passes(

@@ -16,7 +16,7 @@ from causal_forcing.plugins.fused_op import register_fused_ops
 from causal_forcing.runtime.engine import CHANNELS_LAST
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.spec import NetworkSpec
-from causal_forcing.runtime.tape import Call, read_tape
+from causal_forcing.runtime.tape import Call, Weight, read_tape
 
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 """For cross-attention, in the order of what measured faster."""
@@ -35,14 +35,14 @@ class DeviceWeights:
         self.device = device
         self.pools: dict[str, Any] = {}
         """Memory pools of captured graphs: those of one kind never run at the same time."""
-        self._loaded: weakref.WeakValueDictionary[tuple[str, str, bool], torch.Tensor] = weakref.WeakValueDictionary()
+        self._loaded: weakref.WeakValueDictionary[tuple[str, Weight], torch.Tensor] = weakref.WeakValueDictionary()
 
-    def load(self, file: str, wanted: Mapping[str, tuple[str, bool]]) -> dict[str, torch.Tensor]:
+    def load(self, file: str, wanted: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
         """Return tensors of a weight file.
 
         Args:
             file: Its name in the engine directory.
-            wanted: Name to key in the file, and whether to lay the tensor out with channels innermost.
+            wanted: Name to constant.
 
         Raises:
             EngineDamagedError: The file is not readable, or lacks a key.
@@ -50,13 +50,13 @@ class DeviceWeights:
         tensors: dict[str, torch.Tensor] = {}
         try:
             with safe_open(self.folder / file, framework="pt", device=str(self.device)) as opened:
-                for name, (key, channels_last) in wanted.items():
-                    tensor = self._loaded.get((file, key, channels_last))
+                for name, weight in wanted.items():
+                    tensor = self._loaded.get((file, weight))
                     if tensor is None:
-                        tensor = opened.get_tensor(key)
-                        if channels_last:
+                        tensor = opened.get_tensor(weight.key)
+                        if weight.channels_last:
                             tensor = tensor.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
-                        self._loaded[file, key, channels_last] = tensor
+                        self._loaded[file, weight] = tensor
                     tensors[name] = tensor
         except Exception as error:  # safetensors' own exception has no public base class
             raise EngineDamagedError(
@@ -95,8 +95,7 @@ class CudaEngine:
         self._shared = weights
         self._device = weights.device
         self._captured = tape.captured and weights.device.type == "cuda"
-        wanted = {name: (weight.key, weight.channels_last) for name, weight in tape.weights.items()}
-        self._weights = weights.load(tape.weight_file, wanted)
+        self._weights = weights.load(tape.weight_file, tape.weights)
         self._input_names = tape.inputs
         self._outputs = self._constant(tape.outputs)
         self._steps = [
@@ -147,9 +146,8 @@ class CudaEngine:
                 keywords = {name: _fill(value, tensors) for name, value in step.keywords.items()}
                 outcome = step.operator(*_fill(step.arguments, tensors), **keywords)
                 parts = (outcome,) if torch.is_tensor(outcome) else outcome
-                for name, part in zip(
-                    step.results, parts or (), strict=False
-                ):  # trailing parts nobody reads have no name
+                # Trailing parts that nobody reads have no name.
+                for name, part in zip(step.results, parts or (), strict=False):
                     if name is not None:
                         tensors[name] = part
                 for name in step.released:

@@ -9,6 +9,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from causal_forcing.plugins.torch_op import write_caches_in_place
+from causal_forcing.runtime.engine import copy_outputs, copy_targets
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.spec import NetworkSpec
 
@@ -43,23 +44,11 @@ class TorchEngine:
 
     def bind(self, io_tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.bind`."""
-        states = dict(self.spec.states)
         self._inputs = [io_tensors[io_tensor.name] for io_tensor in self.spec.inputs]
-        # A state goes straight to its input's buffer: the call has finished reading it by then.
-        self._copies = [
-            None
-            if self.spec.in_place and io_tensor.name in states
-            else io_tensors[states.get(io_tensor.name, io_tensor.name)]
-            for io_tensor in self.spec.outputs
-        ]
+        self._copies = copy_targets(self.spec, io_tensors)
 
     def enqueue(self) -> None:
         """See `Engine.enqueue`."""
         # fp32 means fp32: cuDNN would round convolutions to TF32.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            outputs = self._module(*self._inputs)
-            if isinstance(outputs, torch.Tensor):
-                outputs = (outputs,)
-            for target, output in zip(self._copies, outputs, strict=True):
-                if target is not None:
-                    target.copy_(output)
+            copy_outputs(self._module(*self._inputs), self._copies)

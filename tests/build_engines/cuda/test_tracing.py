@@ -220,7 +220,7 @@ def test_engines_of_one_model_share_their_weights_in_memory(record: Record) -> N
     loaded = {
         name: weights.load(
             recorded.tape(name).weight_file,
-            {weight.key: (weight.key, weight.channels_last) for weight in recorded.tape(name).weights.values()},
+            {weight.key: weight for weight in recorded.tape(name).weights.values()},
         )
         for name in (*DECODER, *ENCODER)
     }
