@@ -15,9 +15,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-import torch
-
-from causal_forcing.plugins.contract import DOMAIN
+from causal_forcing.plugins.custom_op import define_op
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,14 +68,11 @@ def fused_op(
     """
 
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
-        op = torch.library.custom_op(f"{DOMAIN}::{body.__name__}", body, mutates_args=tuple(mutates))
-
         def run_on_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
             result: R | None = None if kernel is None else kernel(*args, **kwargs)
             return body(*args, **kwargs) if result is None else result
 
-        op.register_kernel("cuda", run_on_gpu)
-        op.register_fake(body)
+        op = define_op(body.__name__, body, fake=body, on_gpu=run_on_gpu, mutates=mutates)
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:

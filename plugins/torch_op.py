@@ -13,13 +13,12 @@ import importlib.util
 import torch
 
 from causal_forcing.plugins import reference
-from causal_forcing.plugins.contract import DOMAIN
+from causal_forcing.plugins.custom_op import define_op
 
 CacheAttentionOutputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@torch.library.custom_op(f"{DOMAIN}::kv_cache_attention_", mutates_args=("k_cache", "v_cache"))
-def kv_cache_attention_in_place(
+def _in_place(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -29,17 +28,10 @@ def kv_cache_attention_in_place(
     valid_slots: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Run the op in place; see `plugins.contract` for shapes. Returns [B, N, L, D]."""
     return _run(q, k, v, k_cache, v_cache, slots, valid_slots, scale)
 
 
-@kv_cache_attention_in_place.register_fake
-def _(q: torch.Tensor, *rest: object) -> torch.Tensor:
-    return torch.empty_like(q)
-
-
-@torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
-def kv_cache_attention_functional(
+def _functional(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -49,16 +41,23 @@ def kv_cache_attention_functional(
     valid_slots: torch.Tensor,
     scale: float,
 ) -> CacheAttentionOutputs:
-    """Run the op on copies of the caches. Returns (out, k_cache, v_cache)."""
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     return _run(q, k, v, k_cache, v_cache, slots, valid_slots, scale), k_cache, v_cache
 
 
-@kv_cache_attention_functional.register_fake
-def _(
+def _fake_functional(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: object
 ) -> CacheAttentionOutputs:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+kv_cache_attention_in_place = define_op(
+    "kv_cache_attention_", _in_place, fake=lambda q, *rest: torch.empty_like(q), mutates=("k_cache", "v_cache")
+)
+"""The op in place; see `plugins.contract` for shapes. Returns [B, N, L, D]."""
+
+kv_cache_attention_functional = define_op("kv_cache_attention", _functional, fake=_fake_functional)
+"""The op on copies of the caches. Returns (out, k_cache, v_cache)."""
 
 
 def kv_cache_attention(

@@ -157,12 +157,19 @@ class VideoSession:
             if self._decode_stream is None:
                 yield chunk
                 self._check_current(clip)
+            elif index == 0:
+                self._await_decode()  # somebody waits for the first frames: no pass shares the GPU with them
             if not is_last:
                 self._denoiser.write_context(start_frame, following, noise, is_initial=generated < 0)
             if self._decode_stream is not None:
-                torch.cuda.current_stream(self._engines.device).wait_stream(self._decode_stream)
+                self._await_decode()
                 yield chunk
                 self._check_current(clip)
+
+    def _await_decode(self) -> None:
+        """Let what is enqueued from here on wait for the chunk being decoded; the host goes on."""
+        assert self._decode_stream is not None, "only a GPU decodes on a stream of its own"
+        torch.cuda.current_stream(self._engines.device).wait_stream(self._decode_stream)
 
     def _check_current(self, clip: object) -> None:
         if self.__dict__.get("_clip") is not clip:

@@ -58,6 +58,8 @@ class DeviceWeights:
                             tensor = tensor.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
                         self._loaded[file, weight] = tensor
                     tensors[name] = tensor
+        except torch.OutOfMemoryError:  # says itself what is missing, and no rebuilding would help
+            raise
         except Exception as error:  # safetensors' own exception has no public base class
             raise EngineDamagedError(
                 f"{self.folder / file} cannot be loaded ({error}); rebuild the engine with cf-build"
