@@ -46,6 +46,7 @@ def describe_engine(config: EngineConfig) -> dict[str, Any]:
         "weights": config.weights,
         "geometry": asdict(config.geometry),
         "precision": config.precision,
+        "decoder": config.decoder,
         "backend": config.backend,
         "backend_version": config.backend_version,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkout import ROOT, head_commit
+from causal_forcing.runtime.config import DECODERS
 
 RESULTS = ROOT / "benchmarks" / "results"
 """Records that the documentation quotes."""
@@ -34,13 +35,20 @@ def write_record(record: dict[str, Any], folder: Path | None, *, device: str) ->
 
 
 def record_name(record: dict[str, Any], device: str) -> str:
-    """Return the file name of a record; a precision other than the device's usual one is part of it."""
+    """Return the file name of a record; a precision or a decoder other than the usual one is part of it."""
     conditions = record["conditions"]
     words = [record["benchmark"], *(conditions[key] for key in ("slug", "backend") if key in conditions)]
     usual = "fp32" if device == "cpu" else "bf16"
     if conditions["precision"] != usual:
         words.append(conditions["precision"])
+    words += decoder_words(conditions)
     return "-".join((*words, device)) + ".json"
+
+
+def decoder_words(conditions: dict[str, Any]) -> list[str]:
+    """Return the decoder's name where it is not the usual one; older records do not name theirs, which is that one."""
+    decoder = conditions.get("decoder", DECODERS[0])
+    return [] if decoder == DECODERS[0] else [decoder]
 
 
 def read_records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS, read_records
+from benchmarks.records import RESULTS, decoder_words, read_records
 
 Record = dict[str, Any]
 NONE_YET = "No run of this kind is kept yet."
-GIB, MIB = 2**30, 2**20
+GB, MIB = 10**9, 2**20
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -29,14 +29,14 @@ def latency_table(folder: Path) -> str:
     for record in read_records("latency", folder):
         for run in record["runs"]:
             if "error" in run:
-                rows.append((_subject(record), run["name"], run["precision"], "failed", "–", "–", "–", "–"))
+                rows.append((_subject(record), run["name"], _precision(record, run), "failed", "–", "–", "–", "–"))
                 continue
             ratio = record["ratios"].get(run["name"])
             rows.append(
                 (
                     _subject(record),
                     _what(record, run),
-                    run["precision"],
+                    _precision(record, run),
                     _spread(run["fps"], 1),
                     _ms(run["first_frames_ms"]["median"]),
                     _percentiles(run["step_ms"]) if "step_ms" in run else "–",
@@ -51,22 +51,23 @@ def latency_summary_table(folder: Path) -> str:
     """Return the figures that a reader asks for first."""
     header = (
         "slug, device", "backend, precision", "frames a second", "process start to first frames", "first frames, warm",
-        "GPU memory", "faster than upstream, same run",
+        "torch's peak of GPU memory: clips, start", "faster than upstream, same run",
     )  # fmt: skip
     rows = []
     for record in read_records("latency", folder):
         run, cold = record["runs"][0], record["cold_start"]
         upstream = record["ratios"].get("upstream")
         if "error" not in run:
-            used = max((start.get("device_used_bytes", 0) for start in cold["runs"]), default=0) if cold else 0
+            starts = [start.get("torch_peak_bytes", 0) for start in cold["runs"]] if cold else []
+            peaks = (run.get("torch_peak_bytes", 0), max(starts, default=0))
             rows.append(
                 (
                     _subject(record),
-                    f"{record['conditions']['backend']}, {run['precision']}",
+                    f"{record['conditions']['backend']}, {_precision(record, run)}",
                     _spread(run["fps"], 1),
                     "–" if cold is None else f"{cold['first_frames_s']['median']:.1f} s",
                     _ms(run["first_frames_ms"]["median"]),
-                    f"{used / GIB:.1f} GiB" if used else "–",
+                    ", ".join(f"{peak / GB:.1f} GB" if peak else "–" for peak in peaks),
                     "–" if upstream is None else _spread(upstream["fps"], 2) + "×",
                 )
             )
@@ -75,9 +76,16 @@ def latency_summary_table(folder: Path) -> str:
 
 def latency_stages_table(folder: Path) -> str:
     """Return the stages of an AR step of every engine and its peers."""
-    header = ("slug, device", "what", "stage", "p50 / p90 / p99", "calls counted")
+    header = ("slug, device", "what", "precision", "stage", "p50 / p90 / p99", "calls counted")
     rows = [
-        (_subject(record), _what(record, run), stage.replace("_", " "), _percentiles(values), str(values["n"]))
+        (
+            _subject(record),
+            _what(record, run),
+            _precision(record, run),
+            stage.replace("_", " "),
+            _percentiles(values),
+            str(values["n"]),
+        )
         for record in read_records("latency", folder)
         for run in record["runs"]
         for stage, values in run.get("stages_ms", {}).items()
@@ -90,13 +98,13 @@ def stages_table(folder: Path) -> str:
     header = ("slug, device", "engine's network", "cache filled to", "median", "work", "rate", "floor", "of the floor")
     rows = []
     for record in read_records("stages", folder):
-        conditions = record["conditions"]
+        conditions, decoder = record["conditions"], decoder_words(record["conditions"])
         for entry in record["networks"]:
             work = sum(entry.get("gflop", {}).values()) / 1000
             filled = entry.get("window_frames_filled")
             rows.append(
                 (
-                    f"{_subject(record)}, {conditions['backend']} {conditions['precision']}",
+                    ", ".join((_subject(record), f"{conditions['backend']} {conditions['precision']}", *decoder)),
                     f"`{entry['network']}`",
                     "–" if filled is None else f"{filled} latent frames",
                     _ms(entry["ms"]["p50"]),
@@ -170,7 +178,8 @@ def conditions_table(folder: Path) -> str:
     for benchmark in ("latency", "stages", "attention", "attention_kernel", "session_clip"):
         for record in read_records(benchmark, folder):
             conditions = record["conditions"]
-            subject = ", ".join(conditions[key] for key in ("slug", "backend", "precision") if key in conditions)
+            words = [conditions[key] for key in ("slug", "backend", "precision") if key in conditions]
+            subject = ", ".join((*words, *decoder_words(conditions)))
             versions = [
                 f"{name.replace('_', '-')} {conditions[name]}"
                 for name in ("driver", "torch", "cudnn", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -225,6 +234,12 @@ def _subject(record: Record) -> str:
 
 def _what(record: Record, run: Record) -> str:
     return f"**{record['conditions']['backend']}**" if run["name"] == "engine" else run["name"]
+
+
+def _precision(record: Record, run: Record) -> str:
+    """Return a run's precision, and its decoder where that is not the usual one; upstream knows no other."""
+    decoder = [] if run["name"] == "upstream" else decoder_words(record["conditions"])
+    return ", ".join((run["precision"], *decoder))
 
 
 def _ms(milliseconds: float) -> str:

@@ -48,12 +48,13 @@ def results(tmp_path: Path) -> Path:
         "fps": {"min": 30.0, "median": 31.25, "max": 32.0, "n": 3},
         "first_frames_ms": spread(123.4),
         "late_dit_step_ms": spread(55.5),
+        "torch_peak_bytes": 3 * 10**9,
         "stages_ms": {"denoise": percentiles(44.4)},
     }
     latency = {
         "benchmark": "latency",
         "conditions": conditions,
-        "cold_start": {"first_frames_s": spread(7.89), "runs": [{"device_used_bytes": 3 * 2**30}]},
+        "cold_start": {"first_frames_s": spread(7.89), "runs": [{"torch_peak_bytes": 4 * 10**9}]},
         "runs": [
             {"name": "engine", **run, "step_ms": percentiles(66.6)},
             {"name": "upstream", **run},
@@ -100,9 +101,42 @@ def test_a_page_gets_figures_from_records_with_their_units(results: Path, tmp_pa
     )
     assert f"| {subject} | upstream | bf16 | 31.2 (30.0–32.0) | 123 ms | – | 55.5 ms | 2.50 (2.00–3.00)× |" in text
     assert f"| {subject} | compile | bf16 | failed |" in text
-    assert "| 31.2 (30.0–32.0) | 7.9 s | 123 ms | 3.0 GiB | 2.50 (2.00–3.00)× |" in text
+    assert "| 31.2 (30.0–32.0) | 7.9 s | 123 ms | 3.0 GB, 4.0 GB | 2.50 (2.00–3.00)× |" in text
     assert "| `dit_step` | 21 latent frames | 80 ms | 40 TFLOP | 500 TFLOP/s | 73 ms | 91% |" in text
     assert "| Some GPU | torch 2.99 | 0123456789 | 2 clips to warm up, 3 counted |" in text
+
+
+def test_a_tiny_decoder_is_named_beside_the_precision_but_not_upstreams(results: Path, tmp_path: Path) -> None:
+    (kept,) = results.glob("latency*.json")
+    record = json.loads(kept.read_text())
+    record["conditions"]["decoder"] = "taehv"
+    kept.write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("latency", "conditions")))
+    assert render("--results", results, page).returncode == 0
+    text = page.read_text()
+    assert "| **some-backend** | bf16, taehv |" in text
+    assert "| upstream | bf16 |" in text
+    assert "| `latency`: some-slug, some-backend, bf16, taehv |" in text
+
+
+@pytest.mark.parametrize(
+    ("conditions", "name"),
+    [
+        ({"precision": "bf16"}, "latency-some-slug-cuda-h100.json"),
+        ({"precision": "bf16", "decoder": "wan"}, "latency-some-slug-cuda-h100.json"),
+        ({"precision": "fp8", "decoder": "taehv"}, "latency-some-slug-cuda-fp8-taehv-h100.json"),
+    ],
+)
+def test_a_record_is_named_for_what_is_not_usual(conditions: dict[str, str], name: str) -> None:
+    record = {"benchmark": "latency", "conditions": {"slug": "some-slug", "backend": "cuda", **conditions}}
+    code = (
+        "import json, sys; from benchmarks.records import record_name; print(record_name(json.load(sys.stdin), 'h100'))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, input=json.dumps(record), capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.strip() == name
 
 
 def test_a_page_without_records_says_that_there_are_none(tmp_path: Path) -> None:

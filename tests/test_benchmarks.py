@@ -75,6 +75,7 @@ def latency(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_latency_times_clips_steps_and_stages_of_every_peer(latency: dict[str, Any]) -> None:
+    assert latency["conditions"]["decoder"] == "wan"
     assert [run["name"] for run in latency["runs"]] == ["engine", "eager", "compile"]
     for run in latency["runs"]:
         assert_holds_together(run, repeats=2, staged_repeats=1)
