@@ -1,0 +1,99 @@
+"""The processes that make one clip together, one a GPU, and what they hand each other.
+
+Data goes through torch's process group: NCCL between GPUs, gloo between CPUs. Everything here can be captured in a CUDA
+graph, once it has run before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks(Protocol):
+    """All processes, as one of them sees them."""
+
+    index: int
+    """This process's rank, from 0."""
+    size: int
+    """How many there are."""
+
+    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Send block r of [size, …], contiguous, to rank r; returns what the ranks sent here, in their order."""
+
+    def gather(self, block: torch.Tensor) -> torch.Tensor:
+        """Return the blocks […] of all ranks, [size, …]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessGroup:
+    """The ranks of torch's default process group."""
+
+    index: int
+    """See `Ranks`."""
+    size: int
+    """See `Ranks`."""
+
+    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+        """See `Ranks.exchange`."""
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks)
+        return received
+
+    def gather(self, block: torch.Tensor) -> torch.Tensor:
+        """See `Ranks.gather`."""
+        gathered = block.new_empty((self.size, *block.shape))
+        dist.all_gather_into_tensor(gathered, block.contiguous())
+        return gathered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """The first of several ranks, alone: what the others would send is what it would send them.
+
+    For running networks where only shapes count, as when a build compiles kernels.
+    """
+
+    size: int
+    """See `Ranks`."""
+    index: int = 0
+    """See `Ranks`."""
+
+    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+        """See `Ranks.exchange`."""
+        return blocks.clone()
+
+    def gather(self, block: torch.Tensor) -> torch.Tensor:
+        """See `Ranks.gather`."""
+        return torch.stack([block] * self.size)
+
+
+_rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)
+
+
+@contextlib.contextmanager
+def rehearse(size: int) -> Iterator[None]:
+    """Let this process stand for the first of `size` ranks inside."""
+    token = _rehearsal.set(Rehearsal(size=size))
+    try:
+        yield
+    finally:
+        _rehearsal.reset(token)
+
+
+def current_ranks(size: int) -> Ranks:
+    """Return the ranks that run a network which was built for `size` of them."""
+    rehearsal = _rehearsal.get()
+    if rehearsal is not None:
+        ranks: Ranks = rehearsal
+    else:
+        assert dist.is_initialized(), "a network for several ranks runs in a process group"
+        ranks = ProcessGroup(index=dist.get_rank(), size=dist.get_world_size())
+    assert ranks.size == size, f"a network for {size} ranks runs on {ranks.size}"
+    return ranks

@@ -1,0 +1,115 @@
+"""Ops that split the tokens of a pass over ranks (`ranks.py`), and bring them together around attention.
+
+Outside attention a rank has an equal share of every segment's tokens, in order, padded with zeros to the same number on
+every rank; inside it has all tokens of its own heads. One exchange turns one into the other, so that each rank holds
+the cache of its own heads and nothing but the chunk ever travels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from causal_forcing.plugins.custom_op import define_op
+from causal_forcing.plugins.ranks import current_ranks
+
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def share_of(tokens: int, ranks: int) -> int:
+    """Return how many tokens a rank has of a segment, padding included."""
+    return -(-tokens // ranks)
+
+
+def _own_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
+    tokens = x.shape[1] // segments
+    share, rank = share_of(tokens, ranks), current_ranks(ranks).index
+    padded = F.pad(x.unflatten(1, (segments, tokens)), (0, 0, 0, share * ranks - tokens))
+    return padded[:, :, rank * share : (rank + 1) * share].flatten(1, 2).clone()
+
+
+def _fake_own_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], segments * share_of(x.shape[1] // segments, ranks), x.shape[2])
+
+
+own_tokens = define_op("own_tokens", _own_tokens, fake=_fake_own_tokens)
+"""own_tokens(x, ranks, segments): this rank's tokens [B, G·S, …] of all, [B, G·L, dim]; S is L/ranks, rounded up."""
+
+
+def _gather_tokens(x: torch.Tensor, ranks: int, tokens: int) -> torch.Tensor:
+    everything = current_ranks(ranks).gather(x)  # [R, B, S, dim]
+    return everything.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous()
+
+
+def _fake_gather_tokens(x: torch.Tensor, ranks: int, tokens: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], tokens, x.shape[2])
+
+
+gather_tokens = define_op("gather_tokens", _gather_tokens, fake=_fake_gather_tokens)
+"""gather_tokens(x, ranks, tokens): all tokens [B, L, dim] of one segment, of each rank's [B, S, dim]."""
+
+
+def _exchange_to_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: int, segments: int, tokens: int
+) -> Tensors3:
+    group = current_ranks(ranks)
+    batch, heads, shares, depth = q.shape
+    share, own_heads = shares // segments, heads // ranks
+    # [R, B, G, S, 3, n, D]: what goes to a rank is one block, which comes out in the order of tokens.
+    blocks = q.new_empty(ranks, batch, segments, share, 3, own_heads, depth)
+    for index, x in enumerate((q, k, v)):
+        by_rank = x.unflatten(1, (ranks, own_heads)).unflatten(3, (segments, share))  # [B, R, n, G, S, D]
+        blocks[:, :, :, :, index].copy_(by_rank.permute(1, 0, 3, 4, 2, 5))
+    received = group.exchange(blocks).permute(4, 1, 2, 0, 3, 5, 6)  # [3, B, G, R, S, n, D]
+    whole = received.flatten(3, 4)[:, :, :, :tokens].flatten(2, 3).transpose(2, 3)
+    q, k, v = (part.clone(memory_format=torch.preserve_format) for part in whole)
+    return q, k, v
+
+
+def _fake_exchange_to_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: int, segments: int, tokens: int
+) -> Tensors3:
+    batch, heads, _, depth = q.shape
+    q, k, v = (x.new_empty(batch, segments * tokens, heads // ranks, depth).transpose(1, 2) for x in (q, k, v))
+    return q, k, v
+
+
+exchange_to_heads = define_op("exchange_to_heads", _exchange_to_heads, fake=_fake_exchange_to_heads)
+"""exchange_to_heads(q, k, v, ranks, segments, tokens): all tokens of this rank's heads, each [B, N/R, G·L, D].
+
+From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order.
+"""
+
+
+def _exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
+    group = current_ranks(ranks)
+    batch, own_heads, everything, depth = x.shape
+    tokens = everything // segments
+    share = share_of(tokens, ranks)
+    by_segment = x.unflatten(2, (segments, tokens))
+    padded = F.pad(by_segment, (0, 0, 0, share * ranks - tokens)).unflatten(3, (ranks, share))  # [B, n, G, R, S, D]
+    blocks = padded.permute(3, 0, 2, 4, 1, 5).contiguous()  # [R, B, G, S, n, D]
+    received = group.exchange(blocks).permute(1, 2, 3, 0, 4, 5)  # [B, G, S, R, n, D]
+    return received.reshape(batch, segments * share, ranks * own_heads, depth).transpose(1, 2)
+
+
+def _fake_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
+    batch, own_heads, everything, depth = x.shape
+    shares = segments * share_of(everything // segments, ranks)
+    return x.new_empty(batch, shares, ranks * own_heads, depth).transpose(1, 2)
+
+
+exchange_to_tokens = define_op("exchange_to_tokens", _exchange_to_tokens, fake=_fake_exchange_to_tokens)
+"""exchange_to_tokens(x, ranks, segments): the way back, [B, N/R, G·L, D] to [B, N, G·S, D]."""
+
+
+def _own_heads(x: torch.Tensor, ranks: int, axis: int) -> torch.Tensor:
+    return x.chunk(ranks, dim=axis)[current_ranks(ranks).index].clone()
+
+
+def _fake_own_heads(x: torch.Tensor, ranks: int, axis: int) -> torch.Tensor:
+    return torch.empty_like(x.chunk(ranks, dim=axis)[0])
+
+
+own_heads = define_op("own_heads", _own_heads, fake=_fake_own_heads)
+"""own_heads(x, ranks, axis): this rank's part of an axis that runs over heads."""
