@@ -33,6 +33,8 @@ class Backend:
     """Kinds of device: cpu, cuda."""
     builds_without_gpu: bool = True
     """Whether a machine without a GPU can build its engines."""
+    shares_clips: bool = False
+    """Whether several processes can run its engines together."""
     compute_capabilities: tuple[int, ...] | None = None
     """GPU generations that it runs on; None is all."""
 
@@ -99,6 +101,7 @@ BACKENDS = {
             precisions=("bf16", "fp16", "fp8"),
             runs_on=("cuda",),
             builds_without_gpu=False,
+            shares_clips=True,
         ),
         Backend(
             name="onnxruntime",
@@ -113,6 +116,7 @@ BACKENDS = {
             distributions=("torch",),
             precisions=("fp32", "bf16", "fp16"),
             runs_on=("cpu", "cuda"),
+            shares_clips=True,
         ),
     )
 }
@@ -123,13 +127,14 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[Backend, str]:
+def choose_backend(name: str, device: str, *, for_build: bool = False, ranks: int = 1) -> tuple[Backend, str]:
     """Choose a backend.
 
     Args:
         name: A backend's name, or `auto`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         for_build: Whether engines are only built here: a named backend need not run on this machine then.
+        ranks: Processes that are to run the engines together.
 
     Returns:
         The backend, and the reason in a few words.
@@ -137,7 +142,7 @@ def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[
     Raises:
         BackendUnavailableError: None is usable, or the named one is not.
         UnknownNameError: There is no backend of that name.
-        UsageError: The named one does not run on the named device.
+        UsageError: The named one does not run on the named device, or in several processes together.
     """
     # Names first: looking for a GPU means importing torch.
     if name not in ("auto", *BACKENDS):
@@ -145,12 +150,15 @@ def choose_backend(name: str, device: str, *, for_build: bool = False) -> tuple[
     if name == "auto":
         device = choose_device(device)
         for backend in BACKENDS.values():
-            if backend.installed() and backend.runs_on_device(device):
+            if backend.installed() and backend.runs_on_device(device) and (ranks == 1 or backend.shares_clips):
                 return backend, f"first backend installed here that runs on {device}"
         raise BackendUnavailableError(
             f"no usable backend for {device}: got none of {', '.join(BACKENDS)}; install one: pip install onnxruntime"
         )
     backend = BACKENDS[name]
+    if ranks > 1 and not backend.shares_clips:
+        sharing = " or ".join(other.name for other in BACKENDS.values() if other.shares_clips)
+        raise UsageError(f"backend {name!r} runs a clip on one device, got {ranks}: use --backend {sharing}")
     if not backend.installed():
         raise BackendUnavailableError(f"backend {name!r} is not installed: pip install {backend.distributions[0]}")
     if for_build and backend.builds_without_gpu and backend.makes_plans:

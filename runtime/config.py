@@ -110,6 +110,20 @@ def op_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def check_ranks(ranks: int, variant: Variant) -> None:
+    """Check that a clip of this variant can be made by so many processes together.
+
+    Raises:
+        UsageError: The heads of its attention cannot be shared out evenly.
+    """
+    heads = variant.model.dit.num_heads
+    valid = [str(number) for number in range(1, heads + 1) if heads % number == 0]
+    if str(ranks) not in valid:
+        raise UsageError(
+            f"{ranks} GPUs cannot share the {heads} attention heads of {variant.slug}: use {', '.join(valid)}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """What the user says about an engine; None inherits the variant's or the backend's default."""
@@ -130,6 +144,8 @@ class EngineOptions:
     """First latent frames of the clip that never leave the cache."""
     decoder: str | None = None
     """Decoder from latents to pixels: wan, the default, or a tiny one, taehv or lighttae."""
+    context_parallel: int | None = None
+    """GPUs that make one clip together, a divisor of the model's attention heads; by default 1, or all of torchrun."""
     checkpoint: Path | None = None
     """DiT checkpoint file, or the folder of the released layout."""
     wan_folder: Path | None = None
@@ -164,6 +180,11 @@ class EngineOptions:
             raise UsageError(f"--workspace-mib {self.workspace_mib} leaves no memory: use 1 or more")
         if self.plugin is not None and self.plugin not in PLUGIN_KINDS:
             raise UnknownNameError("plugin", self.plugin, PLUGIN_KINDS)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that make one clip together."""
+        return 1 if self.context_parallel is None else self.context_parallel
 
     @property
     def has_taehv(self) -> bool:
@@ -237,6 +258,8 @@ class EngineConfig:
 
     A file of TAEHV beside pinned ones adds `+taehv:` and its hash.
     """
+    context_parallel: int = 1
+    """Processes that run it together, each with its own share of the tokens and heads."""
     plan: PlanOptions | None = None
     """How TensorRT compiles it; None for other backends."""
     schema_version: int = SCHEMA_VERSION
@@ -288,6 +311,8 @@ def build_command(fields: dict[str, Any]) -> str:
     decoder = fields.get("decoder", DECODERS[0])
     if decoder != DECODERS[0]:
         words += ["--decoder", str(decoder)]
+    if fields.get("context_parallel", 1) != 1:
+        words += ["--context-parallel", str(fields["context_parallel"])]
     words += _plan_words(fields)
     weights = str(fields.get("weights", ""))
     # Without a released checkpoint, seed 0 is what a slug stands for.

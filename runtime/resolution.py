@@ -16,6 +16,7 @@ from causal_forcing.runtime.config import (
     EngineConfig,
     EngineOptions,
     cache_folder,
+    check_ranks,
     op_digest,
     package_version,
 )
@@ -101,7 +102,8 @@ def resolve_engine(
         UsageError: Options that do not go together.
         BackendUnavailableError: The backend cannot be used here.
     """
-    backend, _ = choose_backend(options.backend, device, for_build=for_build)
+    check_ranks(options.ranks, options.variant())
+    backend, _ = choose_backend(options.backend, device, for_build=for_build, ranks=options.ranks)
     geometry = options.geometry()
     if options.has_taehv and options.variant().model.taehv is None:
         raise UsageError(
@@ -118,6 +120,7 @@ def resolve_engine(
         precision=precision,
         decoder=options.decoder or DECODERS[0],
         weights=weights,
+        context_parallel=options.ranks,
         plan=choose_plan(backend, options, precision, device),
         package_version=package_version(),
         op_digest=op_digest(),
@@ -153,6 +156,7 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
         "sink_frames": (geometry.sink_frames, options.sink_frames),
         "precision": (config.precision, options.precision),
         "decoder": (config.decoder, options.decoder),
+        "context_parallel": (config.context_parallel, options.context_parallel),
         "backend": (config.backend, None if options.backend == "auto" else options.backend),
         "weights": (config.weights, None if options.random_weights is None else weights_identity(options)),
     }
@@ -164,7 +168,7 @@ def check_fits(manifest: Manifest, options: EngineOptions) -> None:
 def _command(options: EngineOptions) -> str:
     words = [f"cf-build {options.slug}"]
     sizes = ("pixel_height", "pixel_width", "window_frames", "sink_frames")
-    for name in (*sizes, "precision", "decoder", "random_weights"):
+    for name in (*sizes, "precision", "decoder", "context_parallel", "random_weights"):
         value = getattr(options, name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')} {value}")
