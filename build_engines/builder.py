@@ -175,6 +175,8 @@ def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Networ
         denoiser = job.source.dit()
         if recipe is not None:
             recipe.apply(denoiser)
+        if config.context_parallel > 1:
+            denoiser.split_over(config.context_parallel, geometry.chunk_tokens)
         yield from dit_networks(
             denoiser, geometry, precision=config.dtype, timesteps=len(timesteps), with_pair=has_pair(config)
         )

@@ -288,7 +288,7 @@ def _cross_tensors(spec: DiTSpec, geometry: Geometry, precision: str) -> tuple[I
 def _cache_tensors(dit: CausalDiT, geometry: Geometry, precision: str) -> tuple[IOTensor, ...]:
     """Name the KV caches; where attention takes codes, values are transposed (`fp8_attention_ops`)."""
     spec = dit.spec
-    shape = (geometry.batch, spec.num_heads, geometry.cache_slots, spec.head_dim)
+    shape = (geometry.batch, spec.num_heads // dit.ranks, geometry.cache_slots, spec.head_dim)
     columns = -(-geometry.cache_slots // SLOT_GROUP) * SLOT_GROUP
     caches = _per_layer("", spec.num_layers, shape, precision, suffix="cache")
     codes = (

@@ -19,16 +19,22 @@ import torch.distributed as dist
 class Ranks(Protocol):
     """All processes, as one of them sees them."""
 
-    index: int
-    """This process's rank, from 0."""
-    size: int
-    """How many there are."""
+    @property
+    def index(self) -> int:
+        """This process's rank, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
 
     def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
         """Send block r of [size, …], contiguous, to rank r; returns what the ranks sent here, in their order."""
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:
         """Return the blocks […] of all ranks, [size, …]."""
+
+    def share(self, x: torch.Tensor) -> None:
+        """Give every rank what the first one has in `x`, in place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,10 @@ class ProcessGroup:
         dist.all_gather_into_tensor(gathered, block.contiguous())
         return gathered
 
+    def share(self, x: torch.Tensor) -> None:
+        """See `Ranks.share`."""
+        dist.broadcast(x, src=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
@@ -72,6 +82,9 @@ class Rehearsal:
     def gather(self, block: torch.Tensor) -> torch.Tensor:
         """See `Ranks.gather`."""
         return torch.stack([block] * self.size)
+
+    def share(self, x: torch.Tensor) -> None:
+        """See `Ranks.share`."""
 
 
 _rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)

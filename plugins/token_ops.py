@@ -24,7 +24,7 @@ def share_of(tokens: int, ranks: int) -> int:
 def _own_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
     tokens = x.shape[1] // segments
     share, rank = share_of(tokens, ranks), current_ranks(ranks).index
-    padded = F.pad(x.unflatten(1, (segments, tokens)), (0, 0, 0, share * ranks - tokens))
+    padded = F.pad(torch.unflatten(x, 1, (segments, tokens)), (0, 0, 0, share * ranks - tokens))
     return padded[:, :, rank * share : (rank + 1) * share].flatten(1, 2).clone()
 
 
@@ -58,11 +58,11 @@ def _exchange_to_heads(
     # [R, B, G, S, 3, n, D]: what goes to a rank is one block, which comes out in the order of tokens.
     blocks = q.new_empty(ranks, batch, segments, share, 3, own_heads, depth)
     for index, x in enumerate((q, k, v)):
-        by_rank = x.unflatten(1, (ranks, own_heads)).unflatten(3, (segments, share))  # [B, R, n, G, S, D]
+        by_rank = torch.unflatten(torch.unflatten(x, 1, (ranks, own_heads)), 3, (segments, share))  # [B, R, n, G, S, D]
         blocks[:, :, :, :, index].copy_(by_rank.permute(1, 0, 3, 4, 2, 5))
     received = group.exchange(blocks).permute(4, 1, 2, 0, 3, 5, 6)  # [3, B, G, R, S, n, D]
-    whole = received.flatten(3, 4)[:, :, :, :tokens].flatten(2, 3).transpose(2, 3)
-    q, k, v = (part.clone(memory_format=torch.preserve_format) for part in whole)
+    whole = received.flatten(3, 4)[:, :, :, :tokens].flatten(2, 3)  # [3, B, G·L, n, D]
+    q, k, v = (part.clone(memory_format=torch.contiguous_format).transpose(1, 2) for part in whole)
     return q, k, v
 
 
@@ -86,8 +86,10 @@ def _exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Ten
     batch, own_heads, everything, depth = x.shape
     tokens = everything // segments
     share = share_of(tokens, ranks)
-    by_segment = x.unflatten(2, (segments, tokens))
-    padded = F.pad(by_segment, (0, 0, 0, share * ranks - tokens)).unflatten(3, (ranks, share))  # [B, n, G, R, S, D]
+    by_segment = torch.unflatten(x, 2, (segments, tokens))
+    padded = torch.unflatten(
+        F.pad(by_segment, (0, 0, 0, share * ranks - tokens)), 3, (ranks, share)
+    )  # [B, n, G, R, S, D]
     blocks = padded.permute(3, 0, 2, 4, 1, 5).contiguous()  # [R, B, G, S, n, D]
     received = group.exchange(blocks).permute(1, 2, 3, 0, 4, 5)  # [B, G, S, R, n, D]
     return received.reshape(batch, segments * share, ranks * own_heads, depth).transpose(1, 2)

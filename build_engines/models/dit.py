@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from causal_forcing.build_engines.models.token_split import TokenSplit
 from causal_forcing.plugins.dit_ops import (
     gated_add,
     modulated_norm,
@@ -81,6 +82,7 @@ class CacheAttention(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        self.ranks = 1  # how many share the heads; every head is treated alike here
 
     def forward(
         self,
@@ -109,6 +111,7 @@ class Layer(nn.Module):
         self.eps = spec.eps
         self.self_attn = Attention(spec)
         self.cache_attention = CacheAttention(self.self_attn.scale)
+        self.split: TokenSplit | None = None
         self.norm3 = nn.LayerNorm(spec.dim, spec.eps)
         self.cross_attn = Attention(spec)
         self.ffn = nn.Sequential(
@@ -127,10 +130,13 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Write the chunk's keys and values and attend; returns (attention [B, N, L, D], k_cache, v_cache)."""
         normed = modulated_norm(x, modulation.select(-2, 0), modulation.select(-2, 1), self.eps)
-        attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.cache_attention(
-            *self.self_attn.rotated(normed, rope), *caches, slots, valid_slots
-        )
-        return attended
+        q, k, v = self.self_attn.rotated(normed, rope)
+        if self.split is not None:
+            q, k, v = self.split.to_heads(q, k, v, max(1, valid_slots.shape[0] // q.shape[0]))
+        attention, k_cache, v_cache = self.cache_attention(q, k, v, *caches, slots, valid_slots)
+        if self.split is not None:
+            attention = self.split.to_tokens(attention)
+        return attention, k_cache, v_cache
 
     def finish(
         self,
@@ -171,6 +177,7 @@ class CausalDiT(nn.Module):
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.split: TokenSplit | None = None
         patch = (1, spec.patch_size, spec.patch_size)
         self.patch_embedding = nn.Conv3d(spec.latent_channels, spec.dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
@@ -188,13 +195,39 @@ class CausalDiT(nn.Module):
         """The transformer layers, in order."""
         return [layer for layer in self.blocks if isinstance(layer, Layer)]
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks share a pass."""
+        return 1 if self.split is None else self.split.ranks
+
+    def split_over(self, ranks: int, tokens: int) -> None:
+        """Let several ranks run passes together; once attention is quantised, where it is.
+
+        Args:
+            ranks: A divisor of the heads.
+            tokens: L of a chunk.
+        """
+        assert self.spec.num_heads % ranks == 0, "a rank has whole heads"
+        self.split = TokenSplit(ranks=ranks, tokens=tokens)
+        for layer in self.layers:
+            layer.split, layer.cache_attention.ranks = self.split, ranks
+
     def embed(self, latent: torch.Tensor) -> torch.Tensor:
-        """Turn a latent chunk [B, F, C, h, w] into tokens [B, L, dim]: frame, row, column."""
+        """Turn latent chunks [B, F, C, h, w] into tokens [B, L, dim]: frame, row, column; this rank's, where split."""
         tokens: torch.Tensor = self.patch_embedding(latent.transpose(1, 2))
-        return tokens.flatten(2).transpose(1, 2)
+        tokens = tokens.flatten(2).transpose(1, 2)
+        return tokens if self.split is None else self.split.own(tokens)
+
+    def phases(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the RoPE phases [L, D/2] of the tokens that `embed` gives."""
+        if self.split is None:
+            return cos, sin
+        return self.split.own(cos[None])[0], self.split.own(sin[None])[0]
 
     def unpatchify(self, patches: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """Arrange patches [B, L, p·p·C], channel fastest, in the shape of `latent` [B, F, C, h, w]."""
+        """Arrange patches [B, L, p·p·C], channel fastest, in the shape of `latent` [B, F, C, h, w]; on every rank."""
+        if self.split is not None:
+            patches = self.split.whole(patches)
         batch, frames, channels, height, width = latent.shape
         p = self.spec.patch_size
         grid = patches.reshape(batch, frames, height // p, width // p, p, p, channels)
@@ -299,7 +332,7 @@ class DiTStep(nn.Module):
         """
         layers = self.dit.layers
         cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
-        rope = (rope_cos, rope_sin)
+        rope = self.dit.phases(rope_cos, rope_sin)
         x, written = run_layers(
             layers, self.dit.embed(latent), layer_modulation, rope, cross, caches, slots, valid_slots
         )
@@ -326,7 +359,7 @@ class DiTContext(nn.Module):
         """Run the pass; arguments as in `DiTStep`, but no cross-attention of the last layer. Returns the caches."""
         *layers, last = self.dit.layers
         cross, caches = _pairs(cross_and_caches[: 2 * len(layers)]), _pairs(cross_and_caches[2 * len(layers) :])
-        rope = (rope_cos, rope_sin)
+        rope = self.dit.phases(rope_cos, rope_sin)
         x, written = run_layers(
             layers, self.dit.embed(latent), layer_modulation, rope, cross, caches, slots, valid_slots
         )
@@ -376,7 +409,7 @@ class DiTContextStep(nn.Module):
         *layers, last = self.dit.layers
         pairs = _pairs(cross_and_caches)
         cross, caches = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-        rope = (rope_cos, rope_sin)
+        rope = self.dit.phases(rope_cos, rope_sin)
         x = self.dit.embed(torch.cat((latent, next_latent), dim=1))
         x, written = run_layers(layers, x, layer_modulation, rope, cross, caches, slots, valid_slots)
         modulation, noisy = layer_modulation[-1], x.shape[1] // 2

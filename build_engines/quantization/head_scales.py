@@ -15,6 +15,7 @@ from causal_forcing.build_engines.models.dit import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize, power_of_two_scale
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.fp8_attention_ops import segmented_attention_fp8
+from causal_forcing.plugins.token_ops import own_heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ class CodeCacheAttention(nn.Module):
     def __init__(self, attention: CacheAttention, scales: HeadScales, like: torch.Tensor) -> None:
         super().__init__()
         self.scale = attention.scale
+        self.ranks = attention.ranks
         self.head_scales: torch.Tensor
         self.k_offset: torch.Tensor
         self.register_buffer("head_scales", scales.scales.to(like.device))
@@ -107,7 +109,8 @@ class CodeCacheAttention(nn.Module):
         valid_slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the op as `CacheAttention` does, on caches as `segmented_attention_fp8` has them."""
-        attended = segmented_attention_fp8(
-            q, k, v, k_cache, v_cache, slots, valid_slots, self.scale, self.head_scales, self.k_offset
-        )
+        scales, offset = self.head_scales, self.k_offset
+        if self.ranks > 1:
+            scales, offset = own_heads(scales, self.ranks, 1), own_heads(offset, self.ranks, 0)
+        attended = segmented_attention_fp8(q, k, v, k_cache, v_cache, slots, valid_slots, self.scale, scales, offset)
         return attended, k_cache, v_cache
