@@ -31,6 +31,7 @@ from causal_forcing.build_engines.plans.plan_set import PlanProgress, compile_pl
 from causal_forcing.build_engines.quantization.calibration import calibrate
 from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
+from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.errors import BuildLockedError, OutputError
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
@@ -127,7 +128,8 @@ def build(
             networks.append(network.spec)
         if tapes is not None:
             tapes.finish()
-            compile_kernels(partial, networks, artefacts)
+            with rehearse(job.config.context_parallel):
+                compile_kernels(partial, networks, artefacts)
         plans = {}
         if job.config.plan is not None:
             # Only now, when no model is in memory any more: compiling takes several times a network's weights.

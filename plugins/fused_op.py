@@ -20,8 +20,8 @@ from causal_forcing.plugins.custom_op import define_op
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MODULES = ("conv_ops", "dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "vae_ops")
-"""Modules of this package that define fused ops."""
+_MODULES = ("conv_ops", "dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "token_ops", "vae_ops")
+"""Modules of this package that define ops of tapes."""
 
 _keeping = contextvars.ContextVar("keeping", default=False)
 
@@ -42,7 +42,7 @@ def keeps_fused_ops() -> bool:
 
 
 def register_fused_ops() -> None:
-    """Make every fused op known to torch, under `torch.ops.causal_forcing`."""
+    """Make every op that a tape may hold known to torch, under `torch.ops.causal_forcing`."""
     for name in _MODULES:
         importlib.import_module(f"causal_forcing.plugins.{name}")
 

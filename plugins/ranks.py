@@ -54,9 +54,8 @@ class ProcessGroup:
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:
         """See `Ranks.gather`."""
-        gathered = block.new_empty((self.size, *block.shape))
-        dist.all_gather_into_tensor(gathered, block.contiguous())
-        return gathered
+        # torch 2.13 deprecates all_gather_into_tensor for what 2.11 does not have; this sends as much.
+        return self.exchange(block.expand(self.size, *block.shape).contiguous())
 
     def share(self, x: torch.Tensor) -> None:
         """See `Ranks.share`."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from causal_forcing.plugins.ranks import Ranks, current_ranks
 from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
 from causal_forcing.runtime.denoiser import Denoiser
 from causal_forcing.runtime.encoder import WanEncoder
@@ -40,7 +41,7 @@ class Chunk:
     latents: torch.Tensor
     """[B, F, C, h, w] fp32, denoised; a copy, the caller's to keep."""
     pixels: torch.Tensor
-    """[B, T, 3, H, W] fp32 in [0, 1]; a copy, the caller's to keep."""
+    """[B, T, 3, H, W] fp32 in [0, 1]; a copy, the caller's to keep. No frames (T = 0) where another rank decodes."""
     stream: torch.cuda.Stream | None = None
     """Stream that decodes it, where that is not the current one; the current one goes on when it is done."""
 
@@ -55,6 +56,9 @@ class Chunk:
 class VideoSession:
     """Generates clips with one set of engines, one clip at a time.
 
+    Where engines are for several ranks, each rank has a session, and all of them start the same clips in step: from the
+    same seed, with the first rank's prompt and image.
+
     Args:
         engines: From `load_engines`; the session binds its buffers to them, so they serve one session at a time.
         prompt_cache: Where the embeddings of prompts are kept; None encodes every prompt.
@@ -68,6 +72,8 @@ class VideoSession:
         self._prompt_cache = prompt_cache
         self.prompt_source: str | None = None
         self._config = engines.manifest.config
+        ranks = self._config.context_parallel
+        self._ranks: Ranks | None = None if ranks == 1 else current_ranks(ranks)
         self._io = engines.bind()
         self._denoiser = Denoiser(engines, self._io)
         self._decoder = self._make_decoder()
@@ -122,6 +128,7 @@ class VideoSession:
                     f"{variant.slug} makes video from text alone: leave out --image-path or use an i2v slug"
                 )
             initial_latents = self._encode_image(image)
+            self._share(initial_latents)
         initial = self._split_initial(initial_latents)
         self._encode_prompt(prompt)
         self._decoder.reset()
@@ -157,12 +164,16 @@ class VideoSession:
             if self._decode_stream is None:
                 yield chunk
                 self._check_current(clip)
-            elif index == 0:
-                self._await_decode()  # somebody waits for the first frames: no pass shares the GPU with them
+            elif index == 0 or self._ranks is not None:
+                # Somebody waits for the first frames: no pass shares the GPU with them. And what ranks send each other
+                # needs one order, which passes and decoding beside each other would not have.
+                self._await_decode()
             if not is_last:
                 self._denoiser.write_context(start_frame, following, noise, is_initial=generated < 0)
             if self._decode_stream is not None:
                 self._await_decode()
+                if self._ranks is not None and self._ranks.index > 0:
+                    self._decode_stream.synchronize()  # nobody takes frames here, which would keep the host in step
                 yield chunk
                 self._check_current(clip)
 
@@ -200,8 +211,9 @@ class VideoSession:
             embeds.zero_()
             embeds[:, : prompt.shape[1]].copy_(prompt)
             self.prompt_source = "given"
-        else:
+        elif self._ranks is None or self._ranks.index == 0:
             self._encode_text(prompt)
+        self._share(embeds)
         self._engines.engines["prompt_kv"].enqueue()
 
     def _encode_text(self, prompt: str) -> None:
@@ -235,6 +247,11 @@ class VideoSession:
             cache.store(key, embeds)
         self.prompt_source = "encoded"
 
+    def _share(self, x: torch.Tensor) -> None:
+        """Give every rank what the first one has, in place."""
+        if self._ranks is not None:
+            self._ranks.share(x)
+
     def _encode_image(self, image: npt.NDArray[np.float32]) -> torch.Tensor:
         expected = tuple(self._io["image"].shape)
         if image.shape[1:] != expected[1:]:
@@ -263,6 +280,7 @@ class VideoSession:
 
     def _make_decoder(self) -> StreamingDecoder:
         engines = self._engines.engines
-        if "vae_decoder" not in engines:
+        decodes_elsewhere = self._ranks is not None and self._ranks.index > 0 and self._config.decoder != "wan"
+        if "vae_decoder" not in engines or decodes_elsewhere:
             return NoDecoder(self._io["latent"])
         return WanDecoder(engines["vae_decoder_first"], engines["vae_decoder"], self._io)

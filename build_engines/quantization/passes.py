@@ -140,7 +140,7 @@ def run_passes(
 
     Args:
         dit: On the plan's device.
-        config: The engine's; its resolution gives way to the plan's.
+        config: The engine's; its resolution gives way to the plan's, and one process runs all.
         plan: Shapes.
         embeds: A clip's prompt embedding each, [B, text_len, text_dim]; the clip's place is the seed of its noise.
         in_place_of: Gives what is run in place of the module of `dit_step`, and of `dit_context`.
@@ -148,7 +148,8 @@ def run_passes(
     Returns:
         How many passes were run.
     """
-    config = replace(config, geometry=plan.geometry, variant=replace(config.variant, takes_image=False))
+    variant = replace(config.variant, takes_image=False)
+    config = replace(config, geometry=plan.geometry, variant=variant, context_parallel=1)
     timesteps = len(plan_variant(config.variant).timesteps)
     networks = dit_networks(dit, plan.geometry, precision=config.dtype, timesteps=timesteps)
     passes = 0

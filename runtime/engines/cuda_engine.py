@@ -134,7 +134,10 @@ class CudaEngine:
                 torch.cuda.empty_cache()  # the graph has a pool of its own: what the call worked in would stay taken
                 kind = self.spec.name.partition("_")[0]
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._shared.pools.get(kind), stream=stream):
+                # The mode is for NCCL, whose watchdog thread asks for events of its own meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._shared.pools.get(kind), stream=stream, capture_error_mode="thread_local"
+                ):
                     self._play()
             self._shared.pools.setdefault(kind, graph.pool())
         torch.cuda.current_stream(self._device).wait_stream(stream)

@@ -1,0 +1,114 @@
+"""A rank of a clip that several processes make on CPUs: `run_ranks` starts them and returns what each of them made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from causal_forcing.build_engines.builder import BuildJob, cut_networks
+from causal_forcing.build_engines.cuda.tape_set import TapeSet
+from causal_forcing.build_engines.model_loading import RandomModels
+from causal_forcing.build_engines.quantization.head_scales import HeadScales
+from causal_forcing.build_engines.quantization.passes import ModuleEngine
+from causal_forcing.build_engines.quantization.recipe import Recipe
+from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.loading import EngineSet
+from causal_forcing.runtime.manifest import Manifest
+from causal_forcing.runtime.resolution import resolve_engine
+from causal_forcing.runtime.session import VideoSession
+from causal_forcing.runtime.spec import Geometry
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCase:
+    """A clip to make."""
+
+    slug: str
+    blocks: int
+    geometry: Mapping[str, int] = field(default_factory=dict)
+    backend: str = "torch"
+    """torch runs modules as they are, cuda its tapes, whose ops run their plain bodies."""
+    fp8_cache: bool = False
+    image: bool = False
+
+    def config(self, ranks: int) -> EngineConfig:
+        """Return the configuration for this many ranks."""
+        options = EngineOptions(slug=self.slug, backend="torch", precision="fp32", random_weights=0)
+        config = resolve_engine(options, weights="random:0", device="cpu")
+        geometry: Geometry = replace(config.geometry, **self.geometry)
+        return replace(config, geometry=geometry, context_parallel=ranks, backend=self.backend)
+
+
+def make_clip(case: ClipCase, ranks: int, index: int = 0) -> dict[str, Any]:
+    """Make a clip as one of so many ranks; every rank but the first gets a prompt and an image of its own to ignore."""
+    config = case.config(ranks)
+    engines = make_engines(case, config)
+    dit = config.variant.model.dit
+    seeded = torch.Generator().manual_seed(3 + index)
+    prompt = torch.randn((1, dit.text_len, dit.text_dim), generator=seeded)
+    height, width = config.geometry.pixel_height, config.geometry.pixel_width
+    image = torch.rand((1, 3, 1, height, width), generator=seeded).mul(2).sub(1).numpy() if case.image else None
+    with VideoSession(engines) as session:
+        chunks = list(session.generate(prompt, total_blocks=case.blocks, image=image))
+    (cache,) = (io for io in engines.engines["dit_step"].spec.inputs if io.name == "k_cache_00")
+    return {
+        "latents": torch.cat([chunk.latents for chunk in chunks], dim=1),
+        "pixels": torch.cat([chunk.pixels for chunk in chunks], dim=1),
+        "cache": cache.shape,
+    }
+
+
+def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:
+    """Return the engines of a case, with random weights."""
+    source = RandomModels(model=config.variant.model, seed=0, dtype=torch.float32)
+    recipe = None
+    if case.fp8_cache:
+        spec = config.variant.model.dit
+        heads = torch.arange(spec.num_heads)
+        scales = HeadScales(
+            scales=torch.exp2(-5.0 - heads % 2).expand(3, -1).clone(),
+            k_offset=0.1 * heads[:, None].expand(-1, spec.head_dim),
+        )
+        recipe = Recipe(
+            linears={}, attention={f"blocks.{layer}.cache_attention": scales for layer in range(spec.num_layers)}
+        )
+    networks = list(cut_networks(BuildJob(config=config, source=source, parts=("dit", "vae")), recipe))
+    engines: dict[str, Engine] = {}
+    if case.backend == "cuda":
+        folder = Path(tempfile.mkdtemp())
+        tapes = TapeSet(folder)
+        files = {network.spec.name: tapes.add(network) for network in networks}
+        tapes.finish()
+        weights = DeviceWeights(folder, CPU)
+        engines = {n.spec.name: CudaEngine(weights, n.spec, folder / files[n.spec.name]) for n in networks}
+    else:
+        engines = {n.spec.name: ModuleEngine(n.spec, n.module) for n in networks}
+    specs = tuple(network.spec for network in networks)
+    manifest = Manifest(config=config, networks=specs, artefacts={}, files={})
+    return EngineSet(folder=Path(), manifest=manifest, engines=engines, device=CPU)
+
+
+def run_ranks(cases: list[ClipCase], ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
+    """Make clips by so many processes; returns what each rank made of each case."""
+    torch.multiprocessing.spawn(_run, args=(cases, ranks, folder), nprocs=ranks)
+    return [torch.load(folder / f"{ranks}-{index}.pt", weights_only=False) for index in range(ranks)]
+
+
+def _run(index: int, cases: list[ClipCase], ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / f'{ranks}.store'}"
+    dist.init_process_group("gloo", init_method=store, rank=index, world_size=ranks, timeout=timedelta(seconds=120))
+    torch.save([make_clip(case, ranks, index) for case in cases], folder / f"{ranks}-{index}.pt")
+    dist.destroy_process_group()

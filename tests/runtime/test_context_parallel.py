@@ -1,0 +1,63 @@
+"""A clip made by several processes is the clip that one makes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runtime.rank_process import ClipCase, make_clip, run_ranks
+
+TOLERANCE = 1e-5
+"""Largest difference allowed in fp32, where matrix products of fewer rows sum in another order."""
+
+FP8_TOLERANCE = 2e-2
+"""That a value near the edge between two codes falls on its other side moves an e4m3 value by an eighth."""
+
+TINY = {"pixel_height": 48, "pixel_width": 80}
+"""15 tokens a frame, which two ranks cannot share evenly."""
+
+CASES = {
+    2: {
+        "chunkwise": ClipCase(slug="tiny", blocks=3, geometry=TINY),
+        "chunkwise, outgrowing the window": ClipCase(slug="tiny", blocks=4, geometry={**TINY, "window_frames": 7}),
+        "framewise, from an image": ClipCase(slug="tiny-i2v", blocks=4, geometry=TINY, image=True),
+        "chunkwise, as tapes": ClipCase(slug="tiny", blocks=3, geometry=TINY, backend="cuda"),
+        "framewise, as tapes": ClipCase(slug="tiny-i2v", blocks=3, geometry=TINY, backend="cuda", image=True),
+        "a cache of codes, as tapes": ClipCase(slug="tiny", blocks=2, geometry=TINY, backend="cuda", fp8_cache=True),
+    },
+    3: {
+        "trained, chunkwise": ClipCase(slug="shapes", blocks=2, geometry={"pixel_height": 80, "pixel_width": 64}),
+        "trained, framewise": ClipCase(slug="shapes-framewise", blocks=3),
+    },
+}
+
+Made = dict[tuple[int, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """What each rank made of each case."""
+    results: Made = {}
+    for ranks, cases in CASES.items():
+        by_rank = run_ranks(list(cases.values()), ranks, tmp_path_factory.mktemp("ranks"))
+        results |= {(ranks, name): list(clips) for name, clips in zip(cases, zip(*by_rank, strict=True), strict=True)}
+    return results
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_every_rank_has_the_clip_that_one_process_makes(ranks: int, name: str, made: Made) -> None:
+    case = CASES[ranks][name]
+    want = make_clip(case, 1)
+    tolerance = FP8_TOLERANCE if case.fp8_cache else TOLERANCE
+    assert want["latents"].isfinite().all()
+    assert want["pixels"].std() > 0.01
+    for got in made[ranks, name]:
+        torch.testing.assert_close(got["latents"], want["latents"], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(got["pixels"], want["pixels"], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, "chunkwise"), (3, "trained, framewise")])
+def test_a_rank_holds_the_cache_of_its_own_heads_alone(ranks: int, name: str, made: Made) -> None:
+    whole = make_clip(CASES[ranks][name], 1)["cache"]
+    assert made[ranks, name][0]["cache"] == (whole[0], whole[1] // ranks, *whole[2:])
