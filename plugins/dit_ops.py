@@ -102,7 +102,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
-@fused_op()
+@fused_op(kernel=kernel_of("projected_launch", "launch_norm_rope"))
 def norm_rope(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
 ) -> torch.Tensor:
@@ -163,7 +163,7 @@ def projected_attention(
     return attended.transpose(1, 2).flatten(2)
 
 
-@fused_op(mutates=("k_cache", "v_cache"))
+@fused_op(kernel=kernel_of("projected_launch", "launch_segmented_attention"), mutates=("k_cache", "v_cache"))
 def segmented_attention(
     q: torch.Tensor,
     k: torch.Tensor,

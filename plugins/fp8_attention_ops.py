@@ -23,7 +23,7 @@ def value_column(slot: torch.Tensor) -> torch.Tensor:
     return slot // 16 * 16 + slot % 8 // 2 * 4 + slot % 16 // 8 * 2 + slot % 2
 
 
-@fused_op(mutates=("k_cache", "v_cache"))
+@fused_op(kernel=kernel_of("projected_launch", "launch_segmented_attention_fp8"), mutates=("k_cache", "v_cache"))
 def segmented_attention_fp8(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -20,7 +20,7 @@ from causal_forcing.plugins.custom_op import define_op
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MODULES = ("conv_ops", "dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "token_ops", "vae_ops")
+_MODULES = ("conv_ops", "dit_ops", "fp8_attention_ops", "fp8_ops", "linear_ops", "row_ops", "token_ops", "vae_ops")
 """Modules of this package that define ops of tapes."""
 
 _keeping = contextvars.ContextVar("keeping", default=False)

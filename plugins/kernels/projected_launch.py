@@ -1,4 +1,8 @@
-"""Launch what `dit_ops.projected_attention` is on a GPU: norms, RoPE and the cache write, then attention."""
+"""Launch what lies around self-attention on a GPU: norms, RoPE and the cache write, then attention.
+
+From the projections (`dit_ops.projected_attention`), or, where ranks exchange heads between, in its two halves
+(`norm_rope`, `segmented_attention`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,21 @@ from causal_forcing.plugins.kernels.projections import place_projections_kernel,
 
 _VALUE_COLUMNS = 64
 """Columns of the values' cache that a program fills."""
+
+
+Norms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Weights of the queries' and keys' norm, cosines and sines."""
+
+
+def launch_norm_rope(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
+) -> torch.Tensor | None:
+    """Run `dit_ops.norm_rope`; None where the last axis is not dense."""
+    if x.stride(2) != 1:
+        return None
+    rotated = torch.empty((*x.shape[:2], heads, x.shape[2] // heads), dtype=x.dtype, device=x.device)
+    place_projections(x, x, x, (weight, weight, cos, sin), rotated, None, None, slots=None, eps=eps)
+    return rotated.transpose(1, 2)
 
 
 def launch_projected_attention(
@@ -43,17 +62,36 @@ def launch_projected_attention(
     queries = torch.empty((batch, tokens, heads, dim // heads), dtype=q.dtype, device=q.device)
     norms = (q_weight, k_weight, cos, sin)
     by_head, out = queries.transpose(1, 2), torch.empty_like(queries)
-    capability = torch.cuda.get_device_capability(q.device)
-    if accepts(by_head, k_cache, v_cache, valid_slots, out.transpose(1, 2), capability=capability):
-        place_projections(q, k, v, *norms, queries, k_cache, v_cache, slots=slots, eps=eps)
+    if _accepts(by_head, k_cache, v_cache, valid_slots, out.transpose(1, 2)):
+        place_projections(q, k, v, norms, queries, k_cache, v_cache, slots=slots, eps=eps)
         attend(by_head, k_cache, v_cache, valid_slots, out.transpose(1, 2), workspace(q.device), scale=scale)
         return out.view(batch, tokens, dim)
     from causal_forcing.plugins.dit_ops import segmented_attention, split_heads
 
     keys = out.transpose(1, 2)  # which KVCacheAttention's own kernel writes to the cache
-    place_projections(q, k, v, *norms, queries, keys, None, slots=None, eps=eps)
+    place_projections(q, k, v, norms, queries, keys, None, slots=None, eps=eps)
     attended = segmented_attention(by_head, keys, split_heads(v, heads), k_cache, v_cache, slots, valid_slots, scale)
     return attended.transpose(1, 2).reshape(batch, tokens, dim)
+
+
+def launch_segmented_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor | None:
+    """Run `dit_ops.segmented_attention`; None where the GPU or the tensors are not for the kernel."""
+    batch, heads, tokens, depth = q.shape
+    out = torch.empty((batch, tokens, heads, depth), dtype=q.dtype, device=q.device).transpose(1, 2)
+    if not (_accepts(q, k_cache, v_cache, valid_slots, out) and all(map(_is_rows, (k, v)))):
+        return None
+    place_projections(_rows(k), _rows(k), _rows(v), None, None, k_cache, v_cache, slots=slots, eps=0.0)
+    attend(q, k_cache, v_cache, valid_slots, out, workspace(q.device), scale=scale)
+    return out
 
 
 def launch_projected_attention_fp8(
@@ -75,21 +113,58 @@ def launch_projected_attention_fp8(
     k_offset: torch.Tensor,
 ) -> torch.Tensor | None:
     """Run `fp8_attention_ops.projected_attention_fp8`; None where the GPU or the tensors are not for the kernel."""
+    norms = (q_weight, k_weight, cos, sin)
+    return _attend_codes(q, k, v, norms, k_cache, v_cache, slots, valid_slots, heads, eps, scale, head_scales, k_offset)
+
+
+def launch_segmented_attention_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    scale: float,
+    head_scales: torch.Tensor,
+    k_offset: torch.Tensor,
+) -> torch.Tensor | None:
+    """Run `fp8_attention_ops.segmented_attention_fp8`; None where the GPU or the tensors are not for the kernel."""
+    if not all(map(_is_rows, (q, k, v))):
+        return None
+    rows, (heads, _, depth) = map(_rows, (q, k, v)), q.shape[1:]
+    attended = _attend_codes(
+        *rows, None, k_cache, v_cache, slots, valid_slots, heads, 0.0, scale, head_scales, k_offset
+    )
+    return None if attended is None else attended.unflatten(2, (heads, depth)).transpose(1, 2)
+
+
+def _attend_codes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    norms: Norms | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    valid_slots: torch.Tensor,
+    heads: int,
+    eps: float,
+    scale: float,
+    head_scales: torch.Tensor,
+    k_offset: torch.Tensor,
+) -> torch.Tensor | None:
+    """Write codes of q, k, v [B, L, N·D] where attention reads them, and attend."""
     batch, tokens, dim = q.shape
     queries = torch.empty((batch, tokens, heads, dim // heads), dtype=k_cache.dtype, device=q.device)
     out = torch.empty_like(queries, dtype=q.dtype)
     by_head, out_by_head = queries.transpose(1, 2), out.transpose(1, 2)
-    capability = torch.cuda.get_device_capability(q.device)
-    if any(tensor.stride(2) != 1 for tensor in (q, k, v)) or not accepts(
-        by_head, k_cache, v_cache, valid_slots, out_by_head, capability=capability
+    if any(tensor.stride(2) != 1 for tensor in (q, k, v)) or not _accepts(
+        by_head, k_cache, v_cache, valid_slots, out_by_head
     ):
         return None
-    place_projections(
-        *(q, k, v, q_weight, k_weight, cos, sin, queries, k_cache, None),
-        slots=slots,
-        eps=eps,
-        codes=(head_scales[0], head_scales[1], k_offset),
-    )
+    codes = (head_scales[0], head_scales[1], k_offset)
+    place_projections(q, k, v, norms, queries, k_cache, None, slots=slots, eps=eps, codes=codes)
     tokens_per_frame = tokens // slots.shape[0]
     place_values_kernel[(triton.cdiv(tokens_per_frame + SLOT_GROUP - 1, _VALUE_COLUMNS), slots.shape[0], heads)](
         *(v, slots, head_scales[2], v_cache, v.stride(1), tokens_per_frame, k_cache.shape[2], v_cache.shape[3]),
@@ -106,6 +181,22 @@ def launch_projected_attention_fp8(
     return out.view(batch, tokens, dim)
 
 
+def _accepts(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, valid_slots: torch.Tensor, out: torch.Tensor
+) -> bool:
+    return accepts(q, k_cache, v_cache, valid_slots, out, capability=torch.cuda.get_device_capability(q.device))
+
+
+def _is_rows(x: torch.Tensor) -> bool:
+    """Say whether [B, N, L, D] lies in memory with a token's heads beside each other."""
+    return x.stride(3) == 1 and x.stride(1) == x.shape[3]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return such a tensor as [B, L, N·D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
 def workspace(device: torch.device) -> torch.Tensor:
     """Return room for the attention kernels' partial sums: of a graph's own pool while one is captured."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -116,12 +207,9 @@ def place_projections(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    queries: torch.Tensor,
-    k_cache: torch.Tensor,
+    norms: Norms | None,
+    queries: torch.Tensor | None,
+    k_cache: torch.Tensor | None,
     v_cache: torch.Tensor | None,
     *,
     slots: torch.Tensor | None,
@@ -134,36 +222,35 @@ def place_projections(
         q: [B, L, N·D], last axis dense; k and v likewise.
         k: See q.
         v: See q.
-        q_weight: [N·D], of the queries' norm.
-        k_weight: [N·D], of the keys' norm.
-        cos: [L, D/2] fp32.
-        sin: [L, D/2] fp32.
-        queries: [B, L, N, D], contiguous; written.
-        k_cache: [B, N, S, D], last axis dense; written.
+        norms: Weights [N·D] of the queries' and keys' norm, cosines and sines [L, D/2] fp32; None where q and k have
+            been normalised and rotated.
+        queries: [B, L, N, D], contiguous; written. None leaves queries alone.
+        k_cache: [B, N, S, D], last axis dense; written. None leaves keys and values alone.
         v_cache: [B, N, S, D], with the strides of k_cache; None leaves values alone.
         slots: First slot of each frame; None puts token i into slot i.
         eps: Of the norms.
         codes: For e4m3 queries and keys: their scales [N] and the keys' offset [N, D], fp32.
     """
     batch, tokens, dim = q.shape
-    q_scale, k_scale, k_offset = codes or (cos, cos, cos)
+    q_weight, k_weight, cos, sin = norms or (q, q, q, q)  # in the second case never read
+    q_scale, k_scale, k_offset = codes or (q, q, q)
+    written = [target is not None for target in (queries, k_cache, v_cache)]
+    first, count = written.index(True), sum(written)
+    cache = queries.transpose(1, 2) if k_cache is None and queries is not None else k_cache
+    assert cache is not None, "something is written"
+    heads, depth = cache.shape[1], cache.shape[3]
     frames = 1 if slots is None else slots.shape[0]
-    place_projections_kernel[(tokens, 2 if v_cache is None else 3, batch)](
-        *(q, k, v, q_weight, k_weight, cos, sin, cos if slots is None else slots, queries, k_cache),
-        *(
-            k_cache if v_cache is None else v_cache,
-            q_scale,
-            k_scale,
-            k_offset,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-        ),
-        *(queries.stride(0), *k_cache.stride()[:3], tokens // frames, k_cache.shape[2], eps),
-        DIM=dim,
+    place_projections_kernel[(tokens, count, batch)](
+        *(q, k, v, q_weight, k_weight, cos, sin, q if slots is None else slots),
+        *(cache if queries is None else queries, cache, cache if v_cache is None else v_cache),
+        *(q_scale, k_scale, k_offset, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(tokens * dim, *cache.stride()[:3], tokens // frames, cache.shape[2], eps),
+        DIM=heads * depth,
         BLOCK=triton.next_power_of_2(dim),
-        D=queries.shape[3],
+        D=depth,
         HAS_SLOTS=slots is not None,
         FP8=codes is not None,
+        NORM=norms is not None,
+        FIRST=first,
         num_warps=4,
     )

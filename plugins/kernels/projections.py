@@ -11,6 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _row(ptr, weight_ptr, cos_ptr, sin_ptr, token, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Load a row, fp32 [BLOCK]; with NORM, normalised and rotated."""
+    if NORM:
+        return _normed_rotated(ptr, weight_ptr, cos_ptr, sin_ptr, token, eps, DIM, BLOCK, D)
+    columns = tl.arange(0, BLOCK)
+    return tl.load(ptr + columns, mask=columns < DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _normed_rotated(ptr, weight_ptr, cos_ptr, sin_ptr, token, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip  # noqa: E501
     """Load a row, normalise it over all heads, rotate its pairs; fp32 [BLOCK]."""
     columns = tl.arange(0, BLOCK)
@@ -40,21 +49,23 @@ def place_projections_kernel(
     q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, cache_batch, cache_head, cache_row,
     tokens_per_frame, cache_slots, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HAS_SLOTS: tl.constexpr, FP8: tl.constexpr,
+    NORM: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Run on a grid of (L, 3, B) programs, or (L, 2, B) to leave values alone.
+    """Run on a grid of (L, K, B) programs: of queries, keys and values, the FIRST-th kind and K - 1 that follow.
 
     Queries go to [B, L, N, D], keys and values to [B, N, S, D] at `slots`, or at their own places without slots. What
-    lies outside of the cache is dropped. With FP8, queries and keys become codes, keys less their offset first.
+    lies outside of the cache is dropped. Without NORM rows are taken as they are. With FP8, queries and keys become
+    codes, keys less their offset first.
     """
     token = tl.program_id(0)
-    kind = tl.program_id(1)
+    kind = tl.program_id(1) + FIRST
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
     if kind == 0:
-        x = _normed_rotated(
+        x = _row(
             q_ptr + batch * q_batch + token.to(tl.int64) * q_row, q_weight_ptr, cos_ptr, sin_ptr, token, eps,
-            DIM, BLOCK, D,
+            DIM, BLOCK, D, NORM,
         )  # fmt: skip
         if FP8:
             x = _codes(x, q_scale_ptr, columns, inside, D)
@@ -67,9 +78,9 @@ def place_projections_kernel(
         stored = columns < tl.where((slot >= 0) & (slot < cache_slots), DIM, 0)
         place = batch * cache_batch + (columns // D) * cache_head + slot.to(tl.int64) * cache_row + columns % D
         if kind == 1:
-            x = _normed_rotated(
+            x = _row(
                 k_ptr + batch * k_batch + token.to(tl.int64) * k_row, k_weight_ptr, cos_ptr, sin_ptr, token, eps,
-                DIM, BLOCK, D,
+                DIM, BLOCK, D, NORM,
             )  # fmt: skip
             if FP8:
                 x = _codes(x - tl.load(k_offset_ptr + columns, mask=inside, other=0.0), k_scale_ptr, columns, inside, D)

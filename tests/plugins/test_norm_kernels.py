@@ -120,8 +120,7 @@ def place_case(
     q_weight, k_weight = rand(2, dim, seed=2, dtype=dtype)
     k_cache, v_cache = rand(2, batch, heads, cache_slots, depth, seed=3, dtype=dtype)
     return "place", {
-        **{"q": q, "k": k, "v": v, "q_weight": q_weight, "k_weight": k_weight},
-        **{"cos": angle.cos(), "sin": angle.sin(), "eps": EPS},
+        **{"q": q, "k": k, "v": v, "eps": EPS, "norms": (q_weight, k_weight, angle.cos(), angle.sin())},
         "queries": torch.full((batch, tokens, heads, depth), torch.nan, dtype=dtype),
         "k_cache": k_cache,
         "v_cache": v_cache if with_values else None,
@@ -145,7 +144,21 @@ CHANCE = [
     place_case(torch.float32, batch=1, heads=2, depth=32, tokens_per_frame=4, slots=slots, cache_slots=12)
     for slots in ([-100, 10**9, -(2**31)], [2**31 - 4, 12, -4], [10, -2, 100])
 ]
-CASES: list[Case] = [*ADD_NORMS, *QUANTISED, *QUANTIZES, *PLACES, *CHANCE]
+
+
+def without(case: Case, *names: str) -> Case:
+    return case[0], {**case[1], **dict.fromkeys(names)}
+
+
+HALVES = [
+    half
+    for dtype in DTYPES
+    for case in [place_case(dtype, batch=2, heads=3, depth=32, tokens_per_frame=3, slots=[9, 0, 4], cache_slots=13)]
+    for half in (without(case, "k_cache", "v_cache", "slots"), without(case, "norms", "queries"))
+]
+"""The two halves of what ranks exchange heads between: norms and RoPE alone, and the write to the caches alone."""
+
+CASES: list[Case] = [*ADD_NORMS, *QUANTISED, *QUANTIZES, *PLACES, *CHANCE, *HALVES]
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +266,10 @@ def test_projections_are_placed_as_the_bodies_place_them(index: int, results: di
     given = exact(case[1])
     heads, depth = given["queries"].shape[2:]
     tokens = given["q"].shape[1]
-    rope = (case[1]["cos"], case[1]["sin"], heads, EPS)
+    *weights, cos, sin = case[1]["norms"]
     want_q, want_k = (
-        dit_ops.norm_rope(given[name].float(), given[f"{name}_weight"].float(), *rope).double() for name in "qk"
+        dit_ops.norm_rope(given[name].float(), weight.float(), cos, sin, heads, EPS).double()
+        for name, weight in zip("qk", weights, strict=True)
     )
     assert_near(queries, want_q.transpose(1, 2))
     slots = given["slots"]
@@ -283,3 +297,19 @@ def test_projections_with_slots_of_chance_stay_inside_the_caches(index: int, res
     others = torch.tensor([slot for slot in range(12) if slot not in inside])
     assert torch.equal(k_cache[:, :, others], case[1]["k_cache"][:, :, others])
     assert torch.equal(v_cache[:, :, others], case[1]["v_cache"][:, :, others])
+
+
+@pytest.mark.parametrize("index", range(len(HALVES)))
+def test_halves_of_the_placement_are_as_the_bodies(index: int, results: dict[int, Result]) -> None:
+    case = HALVES[index]
+    given, got = case[1], results[id(case)]
+    if given["norms"] is not None:
+        (weight, _, cos, sin), (queries,) = given["norms"], got
+        want = dit_ops.norm_rope(given["q"].float(), weight.float(), cos, sin, queries.shape[2], EPS)
+        assert_near(queries, want.double().transpose(1, 2))
+        return
+    heads = given["k_cache"].shape[1]
+    place = (given["slots"][:, None].long() + torch.arange(3)).flatten()
+    for name, cache in zip("kv", got, strict=True):
+        want = given[f"{name}_cache"].index_copy(2, place, dit_ops.split_heads(given[name], heads))
+        assert torch.equal(cache, want), "keys and values are copied to the last bit"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+import torch.multiprocessing as mp
 
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.cuda.tape_set import TapeSet
@@ -102,7 +102,9 @@ def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:
 
 def run_ranks(cases: list[ClipCase], ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """Make clips by so many processes; returns what each rank made of each case."""
-    torch.multiprocessing.spawn(_run, args=(cases, ranks, folder), nprocs=ranks)
+    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        _run, args=(cases, ranks, folder), nprocs=ranks
+    )
     return [torch.load(folder / f"{ranks}-{index}.pt", weights_only=False) for index in range(ranks)]
 
 

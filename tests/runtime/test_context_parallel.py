@@ -1,6 +1,5 @@
 """A clip made by several processes is the clip that one makes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
