@@ -194,7 +194,7 @@ def cut_networks(job: BuildJob, recipe: Recipe | None = None) -> Iterator[Networ
         if config.decoder == "wan" or "vae_encoder" in wanted:
             vae = job.source.vae()
             if config.decoder == "wan":
-                yield from decoder_networks(vae, geometry, precision=config.dtype)
+                yield from decoder_networks(vae, geometry, precision=config.dtype, ranks=config.context_parallel)
             if "vae_encoder" in wanted:
                 yield from encoder_networks(vae, geometry, precision=config.dtype)
             del vae

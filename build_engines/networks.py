@@ -39,6 +39,7 @@ from causal_forcing.build_engines.models.vae import (
     VAEEncoderFirst,
     WanVAE,
     decoder_cache_shapes,
+    decoder_row_split,
     encoder_cache_shapes,
 )
 from causal_forcing.build_engines.quantization.head_scales import CodeCacheAttention
@@ -170,10 +171,19 @@ def text_network_names(text: TextSpec, max_parameters: int = TEXT_NETWORK_PARAME
     return ["text_encoder"] if count == 1 else [f"text_encoder_{index}" for index in range(1, count + 1)]
 
 
-def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str) -> list[Network]:
-    """Describe the streaming decoder: the clip's first chunk, and every other."""
-    shapes = decoder_cache_shapes(vae.spec, geometry.batch, geometry.latent_height, geometry.latent_width)
-    return _decoder_networks(VAEDecoderFirst(vae), VAEDecoder(vae), vae.spec, shapes, geometry, precision)
+def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str, ranks: int = 1) -> list[Network]:
+    """Describe the streaming decoder: the clip's first chunk, and every other.
+
+    Args:
+        vae: The model.
+        geometry: Shapes to fix.
+        precision: Dtype of activations and caches.
+        ranks: How many share a clip; the caches are those of one.
+    """
+    height = geometry.latent_height
+    shapes = decoder_cache_shapes(vae.spec, geometry.batch, height, geometry.latent_width, ranks=ranks)
+    split = decoder_row_split(vae.spec, height, ranks)
+    return _decoder_networks(VAEDecoderFirst(vae, split), VAEDecoder(vae, split), vae.spec, shapes, geometry, precision)
 
 
 def taehv_networks(

@@ -82,7 +82,7 @@ def split_rows(convs: Sequence[int], height: int, ranks: int) -> RowSplit:
     own, own_rows = _own_rows(height, ranks), height
     entry = _with_halo(own, halos[0][0], height)
     entries, exits = [], []
-    for index, (_, halo) in enumerate(halos):
+    for _, halo in halos:
         left = _with_halo(own, halo, own_rows)
         entries.append(entry)
         exits.append(left)

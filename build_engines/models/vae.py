@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from causal_forcing.build_engines.models.row_split import RowSplit, split_rows
 from causal_forcing.build_engines.models.vae_layers import (
     CONV_PAST_FRAMES,
     ConvCaches,
@@ -95,18 +96,29 @@ def decoder_stages(spec: VAESpec) -> tuple[Stage, ...]:
     )
 
 
-def decoder_cache_shapes(spec: VAESpec, batch: int, latent_height: int, latent_width: int) -> Shapes:
-    """Return the shapes [B, C, 2, H, W] of the decoder's caches, in the order of its inputs and outputs."""
-    stages = decoder_stages(spec)
-    height, width = latent_height, latent_width
+def decoder_row_split(spec: VAESpec, latent_height: int, ranks: int) -> RowSplit:
+    """Return how the decoder is split over ranks."""
+    convs = [len(stage.conv_channels()) for stage in decoder_stages(spec)]
+    convs[-1] += 1  # the head's
+    return split_rows(convs, latent_height, ranks)
+
+
+def decoder_cache_shapes(spec: VAESpec, batch: int, latent_height: int, latent_width: int, *, ranks: int = 1) -> Shapes:
+    """Return the shapes [B, C, 2, H, W] of the decoder's caches, in the order of its inputs and outputs.
+
+    Those of a rank, where several share a clip.
+    """
+    stages, split = decoder_stages(spec), decoder_row_split(spec, latent_height, ranks)
+    width = latent_width
     entry = [spec.latent_channels] + [stages[0].in_channels] * MIDDLE_CONVS
-    shapes = [(batch, channels, CONV_PAST_FRAMES, height, width) for channels in entry]
-    for stage in stages:
-        convs = stage.conv_channels() + [stage.out_channels] * stage.resamples_time
-        shapes += [(batch, channels, CONV_PAST_FRAMES, height, width) for channels in convs]
+    shapes = [(batch, channels, CONV_PAST_FRAMES, latent_height, width) for channels in entry]
+    for stage, entered, left in zip(stages, split.entries, split.exits, strict=True):
+        shapes += [(batch, channels, CONV_PAST_FRAMES, entered.height, width) for channels in stage.conv_channels()]
+        if stage.resamples_time:
+            shapes.append((batch, stage.out_channels, CONV_PAST_FRAMES, left.height, width))
         if stage.resamples_space:
-            height, width = 2 * height, 2 * width
-    shapes.append((batch, stages[-1].out_channels, CONV_PAST_FRAMES, height, width))
+            width = 2 * width
+    shapes.append((batch, stages[-1].out_channels, CONV_PAST_FRAMES, split.entries[-1].height, width))
     return tuple(shapes)
 
 
@@ -145,13 +157,16 @@ class Decoder(nn.Module):
                 self.upsamples.append(Upsample(stage.out_channels, in_time=stage.resamples_time))
         self.head = Head(stages[-1].out_channels, RGB_CHANNELS)
 
-    def forward(self, z: torch.Tensor, caches: ConvCaches) -> torch.Tensor:
-        """Return [B, 3, T, H, W] for `z` [B, C, F, h, w]."""
+    def forward(self, z: torch.Tensor, caches: ConvCaches, split: RowSplit | None = None) -> torch.Tensor:
+        """Return [B, 3, T, H, W] for `z` [B, C, F, h, w]; with a split, this rank's rows of it."""
         x = self.middle(self.conv1(caches.prepend(z)), caches)
+        x, stage = x if split is None else split.enter(x), 0
         for layer in self.upsamples:
+            if split is not None and isinstance(layer, Upsample):
+                x, stage = split.leave(x, stage), stage + 1
             x = layer(x, caches)
         pixels: torch.Tensor = self.head(x, caches)
-        return pixels
+        return pixels if split is None else split.leave(pixels, stage)
 
 
 class Encoder(nn.Module):
@@ -219,10 +234,16 @@ class LatentScale(nn.Module):
 
 
 class _DecoderNetwork(nn.Module):
-    """The decoder half, with the latents' statistics."""
+    """The decoder half, with the latents' statistics.
 
-    def __init__(self, vae: WanVAE) -> None:
+    Args:
+        vae: The model.
+        split: How several ranks share the work, each with caches of its own; every one gets all pixels.
+    """
+
+    def __init__(self, vae: WanVAE, split: RowSplit | None = None) -> None:
         super().__init__()
+        self.split = split
         self.latent_scale = LatentScale(vae.spec, vae.conv2.weight)
         self.conv2 = vae.conv2
         self.decoder = vae.decoder
@@ -230,8 +251,8 @@ class _DecoderNetwork(nn.Module):
     def decode(self, latent_chunk: torch.Tensor, caches: ConvCaches) -> Tensors:
         """Return pixels [B, T, 3, H, W] and the collected caches."""
         z = self.latent_scale.denormalise(latent_chunk).transpose(1, 2)
-        pixels: torch.Tensor = self.decoder(self.conv2(z), caches)
-        return pixels.transpose(1, 2), *caches.updated()
+        pixels = self.decoder(self.conv2(z), caches, self.split).transpose(1, 2)
+        return pixels if self.split is None else self.split.gather(pixels), *caches.updated()
 
 
 class VAEDecoderFirst(_DecoderNetwork):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.export.passes import move_to_device_pass
 
-from causal_forcing.plugins import token_ops  # noqa: F401  # programs for several ranks hold its ops
+from causal_forcing.plugins import row_ops, token_ops  # noqa: F401  # programs for several ranks hold their ops
 from causal_forcing.plugins.torch_op import write_caches_in_place
 from causal_forcing.runtime.engine import copy_outputs, copy_targets
 from causal_forcing.runtime.errors import EngineDamagedError
