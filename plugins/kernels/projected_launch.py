@@ -132,11 +132,11 @@ def launch_segmented_attention_fp8(
     """Run `fp8_attention_ops.segmented_attention_fp8`; None where the GPU or the tensors are not for the kernel."""
     if not all(map(_is_rows, (q, k, v))):
         return None
-    rows, (heads, _, depth) = map(_rows, (q, k, v)), q.shape[1:]
-    attended = _attend_codes(
-        *rows, None, k_cache, v_cache, slots, valid_slots, heads, 0.0, scale, head_scales, k_offset
-    )
-    return None if attended is None else attended.unflatten(2, (heads, depth)).transpose(1, 2)
+    batch, heads, tokens, depth = q.shape
+    places = (k_cache, v_cache, slots, valid_slots)
+    codes = (head_scales, k_offset)
+    attended = _attend_codes(_rows(q), _rows(k), _rows(v), None, *places, heads, 0.0, scale, *codes)
+    return None if attended is None else attended.view(batch, tokens, heads, depth).transpose(1, 2)
 
 
 def _attend_codes(
