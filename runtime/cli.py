@@ -19,11 +19,14 @@ from causal_forcing.runtime.config import (
     DEFAULT_SLUG,
     EngineOptions,
     GenerateConfig,
-    launched_processes,
+    check_ranks,
+    launched_rank,
     package_version,
 )
 from causal_forcing.runtime.errors import RecordError, UnknownNameError, UsageError
+from causal_forcing.runtime.launch import run_ranks
 from causal_forcing.runtime.manifest import read_manifest
+from causal_forcing.runtime.rank_process import check_rank_device, left_at_once, run_as_launched
 from causal_forcing.runtime.record import ClipRecord, read_record, record_path, recorded_options
 from causal_forcing.runtime.spec import VARIANTS
 from causal_forcing.runtime.text import read_prompt
@@ -92,15 +95,15 @@ def generate(
     if version or list_slugs:
         console.print_line(package_version()) if version else _print_slugs(as_json)
         return
-    _refuse_several_processes()
     options, text, given = _take_positional(options, text, _given(context))
     if from_record is not None:
         _refuse_options_beside_record(given)
         request, record = _repeat_request(from_record, output, output_dir, device if "device" in given else None)
         request = dataclasses.replace(request, text_encoder=text_encoder, prompt_cache=not no_prompt_cache)
-        _report(_repeat(request, record), as_json)
+        _run(request, context.obj, as_json, record)
         return
     options = _check_together(options, given, engine, endless=endless, total_blocks=total_blocks)
+    options = dataclasses.replace(options, context_parallel=_ranks(options, engine))
     prompt = text if prompt is None else prompt
     variant, geometry = options.variant(), options.geometry()
     config = GenerateConfig(
@@ -124,13 +127,46 @@ def generate(
         text_encoder=text_encoder,
         prompt_cache=not no_prompt_cache,
     )
-    _report(make_clip(request), as_json)
+    _run(request, context.obj, as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `cf-generate`."""
+    """Run `cf-generate`; as one of several ranks where a launcher's environment variables say so."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console.run_program(functools.partial(app, args=words, prog_name="cf-generate", standalone_mode=False))
+    program = functools.partial(app, args=words, prog_name="cf-generate", standalone_mode=False, obj=words)
+    with left_at_once():
+        console.run_program(functools.partial(run_as_launched, program))
+
+
+def _run(request: ClipRequest, words: Sequence[str], as_json: bool, record: ClipRecord | None = None) -> None:
+    """Make the clip: in this process, as one of several ranks, or in ranks that are started for it."""
+    place, ranks = launched_rank(), request.options.ranks
+    if ranks > 1:
+        check_ranks(ranks, request.options.variant())
+        check_rank_device(request.device)
+    if place is not None and place.ranks != ranks:
+        raise UsageError(f"the clip's record has {ranks} ranks, torchrun started {place.ranks}: start as many")
+    if place is None and ranks > 1:
+        raise typer.Exit(run_ranks([sys.executable, "-m", "causal_forcing.runtime.cli", *words], ranks))
+    made = make_clip(request, place)
+    if place is None or place.rank == 0:
+        _report(made if record is None else _compare(made, record), as_json)
+
+
+def _ranks(options: EngineOptions, engine: Path | None) -> int | None:
+    """Return how many ranks make the clip: what the option says, else torchrun, else the engine that was named."""
+    place, given = launched_rank(), options.context_parallel
+    if place is not None:
+        if given not in (None, place.ranks):
+            raise UsageError(
+                f"--context-parallel is {given}, torchrun started {place.ranks} processes: give both the same number, "
+                "or leave one of them out"
+            )
+        return given if place.ranks == 1 else place.ranks
+    if given is None and engine is not None and engine.is_dir():
+        ranks = read_manifest(engine).config.context_parallel
+        return ranks if ranks > 1 else None
+    return given
 
 
 def _given(context: typer.Context) -> list[str]:
@@ -192,16 +228,16 @@ def _repeat_request(
         output=output,
         output_dir=output_dir,
         fps=record.fps,
-        device=device or record.device,
+        # Each rank finds its own device of that kind.
+        device=device or (record.device if record.ranks == 1 else record.device.partition(":")[0]),
         engine_folder=recorded_engine(record),
         image_sha256=record.image_sha256,
     )
     return request, record
 
 
-def _repeat(request: ClipRequest, record: ClipRecord) -> ClipRecord:
-    """Repeat the clip of a record, and make sure that its frames are the same."""
-    again = make_clip(request)
+def _compare(again: ClipRecord, record: ClipRecord) -> ClipRecord:
+    """Make sure that a repeated clip has the frames of the record."""
     if again.frames_sha256 != record.frames_sha256:
         then = f"engine {record.engine_fingerprint[:16]} on {record.device} then"
         now = f"engine {again.engine_fingerprint[:16]} on {again.device} now"
@@ -222,12 +258,6 @@ def _print_slugs(as_json: bool) -> None:
         console.print_json({variant.slug: variant.summary for variant in VARIANTS.values()})
     else:
         console.print_table(("slug", "what it makes"), [(v.slug, v.summary) for v in VARIANTS.values()])
-
-
-def _refuse_several_processes() -> None:
-    processes = launched_processes()
-    if processes > 1:
-        raise UsageError(f"torchrun started {processes} processes; this release runs on one device: leave out torchrun")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.clip_writer import ClipWriter
-from causal_forcing.runtime.config import TEXT_ENCODER_USES, EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import (
+    TEXT_ENCODER_USES,
+    EngineOptions,
+    GenerateConfig,
+    LaunchedRank,
+    op_digest,
+    package_version,
+)
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,
@@ -33,7 +40,8 @@ from causal_forcing.runtime.errors import (
     UsageError,
 )
 from causal_forcing.runtime.image import ImageFit, load_image
-from causal_forcing.runtime.manifest import read_manifest
+from causal_forcing.runtime.launch import environment_without_ranks
+from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.record import ClipRecord, check_record_path
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
 from causal_forcing.runtime.video import check_writable
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from causal_forcing.runtime.loading import EngineSet
+    from causal_forcing.runtime.process_group import RankGroup
     from causal_forcing.runtime.session import Chunk
     from causal_forcing.runtime.usage import MemoryUse
 
@@ -82,13 +91,22 @@ class ClipRequest:
             raise UnknownNameError("use of the text encoder", self.text_encoder, TEXT_ENCODER_USES)
 
 
-def make_clip(request: ClipRequest) -> ClipRecord:
+def make_clip(request: ClipRequest, place: LaunchedRank | None = None) -> ClipRecord:
     """Generate a clip, writing it as it comes.
+
+    Args:
+        request: What was asked for.
+        place: This process's place among those that make the clip together; None makes it alone.
+
+    Returns:
+        The clip's record; on ranks other than 0 one that was written nowhere.
 
     Raises:
         CausalForcingError: Anything that the user can set right; nothing was written unless generation had begun.
         KeyboardInterrupt: Stopped by the user; the clip so far and its record are whole.
     """
+    if place is not None and place.ranks > 1:
+        return _make_clip_together(request, place)
     image = _check(request)
     if request.generate.prompt == request.options.variant().default_prompt:
         console.narrate(f"the default prompt: {request.generate.prompt}")
@@ -99,6 +117,47 @@ def make_clip(request: ClipRequest) -> ClipRecord:
         if request.engine_folder is not None:
             raise
     return _generate(request, _build(request.options, request.device), image)
+
+
+def _make_clip_together(request: ClipRequest, place: LaunchedRank) -> ClipRecord:
+    """Make one rank's part of a clip; rank 0 alone looks for the engine, writes and talks."""
+    image = _check(request, writes=place.rank == 0)
+    if place.rank == 0 and request.generate.prompt == request.options.variant().default_prompt:
+        console.narrate(f"the default prompt: {request.generate.prompt}")
+    from causal_forcing.runtime.process_group import joined, rank_device
+
+    with joined(place) as group:
+        group.agree(_decisive(request, image))
+        request = dataclasses.replace(request, device=rank_device(request.device, place))
+        folder = group.share(lambda: _sound_engine(request))
+        group.connect(request.device)
+        return _generate(request, folder, image, group)
+
+
+def _decisive(request: ClipRequest, image: npt.NDArray[np.float32] | None) -> dict[str, object]:
+    """Return what decides a clip, by the names that the user knows; paths as the ranks were given them."""
+    given = dataclasses.asdict(request.options) | dataclasses.asdict(request.generate)
+    given |= {"engine": request.engine_folder, "device": request.device, "no_prompt_cache": not request.prompt_cache}
+    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    options |= {
+        "SLUG": options.pop("--slug"),
+        "the image": None if image is None else _image_sha256(image),
+        "the version of this program": f"{package_version()}-{op_digest()}",
+    }
+    plain: dict[str, object] = json.loads(json.dumps(options, default=str))
+    return plain
+
+
+def _sound_engine(request: ClipRequest) -> Path:
+    """Return the engine directory once its files are whole, so that no rank is to find one that is not."""
+    folder = request.engine_folder or find_or_build(request.options, request.device)
+    try:
+        check_files(folder, read_manifest(folder), trust_stamps=True)
+    except EngineDamagedError:
+        if request.engine_folder is not None:
+            raise
+        return _build(request.options, request.device)
+    return folder
 
 
 def find_or_build(options: EngineOptions, device: str) -> Path:
@@ -138,7 +197,11 @@ def _build(options: EngineOptions, device: str) -> Path:
     command = [sys.executable, "-m", "causal_forcing.build_engines.cli", *_build_arguments(options)]
     # In a group of its own, Ctrl-C reaches the build once, through this program, however it came.
     build = subprocess.Popen(
-        [*command, "--device", device, "--json"], stdout=subprocess.PIPE, text=True, process_group=0
+        [*command, "--device", device, "--json"],
+        env=environment_without_ranks(),
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
     )
     try:
         result, _ = build.communicate()
@@ -170,7 +233,7 @@ def _build_arguments(options: EngineOptions) -> list[str]:
     return arguments
 
 
-def _check(request: ClipRequest) -> npt.NDArray[np.float32] | None:
+def _check(request: ClipRequest, *, writes: bool = True) -> npt.NDArray[np.float32] | None:
     """Find what is wrong with the request before anything is built, loaded or written; returns the image.
 
     What needs no framework comes first, so that most refusals are instant.
@@ -178,7 +241,8 @@ def _check(request: ClipRequest) -> npt.NDArray[np.float32] | None:
     options, generate = request.options, request.generate
     variant = options.variant()
     geometry = options.geometry()
-    _check_output(request)
+    if writes:
+        _check_output(request)
     if request.engine_folder is not None:
         if not request.engine_folder.is_dir():
             raise EngineNotFoundError(
@@ -226,7 +290,9 @@ def _image_sha256(image: npt.NDArray[np.float32]) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
-def _generate(request: ClipRequest, folder: Path, image: npt.NDArray[np.float32] | None) -> ClipRecord:
+def _generate(
+    request: ClipRequest, folder: Path, image: npt.NDArray[np.float32] | None, group: RankGroup | None = None
+) -> ClipRecord:
     from causal_forcing.runtime.loading import load_engines
     from causal_forcing.runtime.prompt_cache import PromptCache
     from causal_forcing.runtime.session import VideoSession
@@ -251,8 +317,18 @@ def _generate(request: ClipRequest, folder: Path, image: npt.NDArray[np.float32]
             "load_s": _rounded(loaded_s - started_s),
             "prompt_s": _rounded(time.perf_counter() - loaded_s),
         }
-        _write_clip(chunks, request, record, memory)
+        if group is None or group.is_first:
+            _write_clip(chunks, request, record, memory, group)
+        else:
+            _follow_clip(chunks, request)
     return record
+
+
+def _follow_clip(chunks: Iterator[Chunk], request: ClipRequest) -> None:
+    """Do this rank's part of every chunk; where its frames go is rank 0's."""
+    for chunk in chunks:
+        if chunk.index + 1 == request.generate.total_blocks:
+            break
 
 
 def _new_record(request: ClipRequest, engines: EngineSet, image: npt.NDArray[np.float32] | None) -> ClipRecord:
@@ -266,20 +342,26 @@ def _new_record(request: ClipRequest, engines: EngineSet, image: npt.NDArray[np.
         engine_config=config.fields(),
         generate=dataclasses.asdict(request.generate),
         device=str(engines.device),
+        ranks=request.options.ranks,
         output=request.output or "",
         fps=request.fps,
         image_sha256=None if image is None else _image_sha256(image),
     )
 
 
-def _write_clip(chunks: Iterator[Chunk], request: ClipRequest, record: ClipRecord, memory: MemoryUse) -> None:
+def _write_clip(
+    chunks: Iterator[Chunk], request: ClipRequest, record: ClipRecord, memory: MemoryUse, group: RankGroup | None
+) -> None:
     from causal_forcing.runtime.usage import process_age_s
 
     total_blocks = request.generate.total_blocks
     started_s = time.perf_counter()
     progress = console.GenerationProgress(total_blocks)
     writer = ClipWriter(record, output_dir=request.output_dir, slug=request.options.slug)
-    with writer, progress:
+    if group is not None:
+        group.monitor.before_leaving = lambda ending: writer.abandon("interrupted" if ending.stopped else "failed")
+    # Inside of the writer, which is to know whether the clip was stopped or failed elsewhere.
+    with writer, progress, contextlib.nullcontext() if group is None else group.together():
         for chunk in chunks:
             frames = chunk.frames()
             if chunk.index == 0:

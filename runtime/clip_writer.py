@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -37,6 +38,7 @@ class ClipWriter:
         self._slug = slug
         self._hash = FrameHash()
         self._sink: FrameSink | None = None
+        self._writing = threading.Lock()
 
     def add(self, index: int, frames: npt.NDArray[np.uint8]) -> None:
         """Write the frames [T, H, W, 3] of a chunk, then the record; a stop waits until both are written.
@@ -45,7 +47,7 @@ class ClipWriter:
             OutputError: One of them cannot be written.
         """
         record = self._record
-        with held_back():
+        with held_back(), self._writing:
             if self._sink is None:
                 record.output = record.output or _claim_name(self._output_dir, self._slug)
                 self._sink = open_sink(record.output, fps=record.fps)
@@ -55,6 +57,25 @@ class ClipWriter:
             record.frames_sha256 = self._hash.hexdigest()
             record.write(record_path(record.output))
 
+    def abandon(self, status: str, *, timeout_s: float = 1.0) -> None:
+        """Close the clip and its record from another thread, where the one that writes them is blocked elsewhere.
+
+        Args:
+            status: What the record is to say.
+            timeout_s: How long to wait for a chunk that is being written; after that both stay as they are.
+        """
+        if not self._writing.acquire(timeout=timeout_s):
+            return
+        # The lock is kept: whoever wrote this is about to be ended.
+        record = self._record
+        if record.status != "running":  # it was closed as it should be
+            return
+        record.status = status
+        if self._sink is not None:
+            with contextlib.suppress(CausalForcingError):
+                self._sink.close()
+        self._finish_record(KeyboardInterrupt())
+
     def __enter__(self) -> Self:
         return self
 
@@ -62,10 +83,10 @@ class ClipWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         record = self._record
-        record.status = "complete" if error is None else "failed"
-        if isinstance(error, KeyboardInterrupt):
-            record.status = "interrupted"
-        with held_back():
+        with held_back(), self._writing:
+            record.status = "complete" if error is None else "failed"
+            if isinstance(error, KeyboardInterrupt):
+                record.status = "interrupted"
             try:
                 if self._sink is not None:
                     self._sink.close()

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
+_hushed = False
+"""Whether another process of the same run does the talking."""
+
 PLAIN_INTERVAL_S = 2.0
 """Least time between two progress lines where there is no terminal."""
 
@@ -65,29 +68,42 @@ def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         _silence_stdout()
         return 1
+    line, code = explain(error)
+    if _is_debugging() and line.startswith("error: ") and not callable(getattr(error, "format_message", None)):
+        narrate("".join(traceback.format_exception(error)).rstrip())
+    if line:
+        narrate(line)
+    return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the line that says what ended a program, empty if there is nothing to say, and the exit code."""
     if isinstance(error, KeyboardInterrupt) or _is_typer(error, "Abort"):
-        narrate("interrupted")
-        return INTERRUPTED
+        return "interrupted", INTERRUPTED
     if _is_typer(error, "Exit"):
-        return int(getattr(error, "exit_code", 0))
+        return "", int(getattr(error, "exit_code", 0))
     if callable(getattr(error, "format_message", None)):  # a usage error; typer's own classes are private
         message = _usage_message(error)
-        if message:  # empty: called without a command, and typer has just shown the help
-            narrate(f"error: {message} (see --help)")
-        return int(getattr(error, "exit_code", 2))
-    if _is_debugging():
-        narrate("".join(traceback.format_exception(error)).rstrip())
+        # Empty: called without a command, and typer has just shown the help.
+        return f"error: {message} (see --help)" if message else "", int(getattr(error, "exit_code", 2))
     if isinstance(error, CausalForcingError):
-        if not error.said:
-            narrate(f"error: {_one_line(str(error))}")
-        return error.exit_code
+        return "" if error.said else f"error: {_one_line(str(error))}", error.exit_code
     text = _one_line(str(error))
     if _is_out_of_memory(error):
-        narrate(f"error: out of memory ({text or type(error).__name__}): free some, or ask for a smaller video")
-        return 3
+        return f"error: out of memory ({text or type(error).__name__}): free some, or ask for a smaller video", 3
     again = "" if _is_debugging() else " (run again with --debug for the traceback)"
-    narrate(f"error: unexpected {type(error).__name__}: {text or 'no message'}{again}")
-    return 1
+    return f"error: unexpected {type(error).__name__}: {text or 'no message'}{again}", 1
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Print and narrate nothing meanwhile: of several processes that do one thing together, one talks."""
+    global _hushed
+    before, _hushed = _hushed, True
+    try:
+        yield
+    finally:
+        _hushed = before
 
 
 def _usage_message(error: BaseException) -> str:
@@ -161,8 +177,10 @@ def _silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def narrate(text: str) -> None:
-    """Say what is going on: a line on stderr."""
+def narrate(text: str, *, aloud: bool = False) -> None:
+    """Say what is going on: a line on stderr, while hushed only if it is to be said `aloud`."""
+    if _hushed and not aloud:
+        return
     with contextlib.suppress(OSError):  # nobody is listening, which is no reason to stop
         print(text, file=sys.stderr, flush=True)
 
@@ -174,6 +192,8 @@ def warn(text: str) -> None:
 
 def print_line(text: object) -> None:
     """Print a result of one line."""
+    if _hushed:
+        return
     with _result_stream():
         print(text)
 

@@ -9,6 +9,7 @@
     │   └── RecordError                            unreadable or incompatible clip record
     ├── TensorRTError                     exit 1   a call of TensorRT failed; carries what its error recorder noted
     ├── PlanError                         exit 1   TensorRT makes no plan of a graph, or not the plan that was asked for
+    ├── RanksEndedError                            another of the processes that share a clip ended it; its exit code
     └── RequirementError                  exit 3   the request is right, this machine or folder cannot serve it
         ├── BackendUnavailableError                no usable backend, or the chosen one is not installed
         ├── WeightsMissingError                    released weights are neither here nor downloadable
@@ -81,6 +82,20 @@ class TensorRTError(CausalForcingError):
 
 class PlanError(CausalForcingError):
     """TensorRT cannot make a plan of an exported graph, or would make another than was asked for."""
+
+
+class RanksEndedError(CausalForcingError):
+    """Another of the processes that make a clip together failed or died, and so ended it for all.
+
+    Args:
+        message: What happened there.
+        exit_code: What all leave with.
+        said: Whether another process tells the user.
+    """
+
+    def __init__(self, message: str, *, exit_code: int, said: bool) -> None:
+        super().__init__(message)
+        self.exit_code, self.said = exit_code, said
 
 
 class RequirementError(CausalForcingError):

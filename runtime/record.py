@@ -36,11 +36,13 @@ class ClipRecord:
     generate: dict[str, Any]
     """The complete generation options."""
     device: str
-    """Where it ran."""
+    """Where it ran; with several ranks the first one's."""
     output: str
     """The clip."""
     fps: int
     """Playback rate."""
+    ranks: int = 1
+    """Processes that made it together, each on a device of its own."""
     image_sha256: str | None = None
     """Hash of the conditioning image's pixels as the engine got them."""
     status: str = "running"
@@ -122,6 +124,8 @@ def recorded_options(record: ClipRecord) -> tuple[EngineOptions, GenerateConfig]
             given[name] = config["geometry"][name]
         for name in ("backend", "precision", "decoder"):
             given[name] = config[name]
+        if record.ranks > 1:
+            given["context_parallel"] = record.ranks
         if config["weights"].startswith("random:"):
             given["random_weights"] = int(config["weights"].removeprefix("random:"))
         options = EngineOptions(**given | {"slug": config["variant"]["slug"]})

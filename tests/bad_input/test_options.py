@@ -153,12 +153,12 @@ def test_backend_not_installed_says_what_to_install(
 @pytest.mark.parametrize(
     ("processes", "said"),
     [
-        ("4", "torchrun started 4 processes; this release runs on one device: leave out torchrun"),
+        ("4", "WORLD_SIZE is set, as by torchrun, but RANK is not: use torchrun, or unset WORLD_SIZE"),
         ("several", "WORLD_SIZE is 'several', expected a number of processes: unset WORLD_SIZE"),
         ("-1", "WORLD_SIZE is '-1'"),
     ],
 )
-def test_torchrun_is_refused_in_a_line(
+def test_half_of_a_launcher_is_refused_in_a_line(
     refuses: Refuses, monkeypatch: pytest.MonkeyPatch, processes: str, said: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", processes)

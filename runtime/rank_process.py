@@ -1,0 +1,83 @@
+"""A program as one of the ranks that a launcher started: who talks, who hears signals, and how it leaves.
+
+No framework is imported here: what can be refused without one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from causal_forcing.runtime import console
+from causal_forcing.runtime.config import LaunchedRank, launched_rank
+from causal_forcing.runtime.errors import RanksEndedError, UsageError
+from causal_forcing.runtime.interruption import STOP_SIGNALS
+
+
+def run_as_launched(program: Callable[[], object]) -> object:
+    """Run a program, on ranks other than 0 without a word; rank 0 tells what they refuse.
+
+    Raises:
+        RanksEndedError: In place of any error on ranks other than 0.
+    """
+    place = _place()
+    if place is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost peers repeat what we say
+    if place is None or place.rank == 0:
+        return program()
+    _leave_signals_to_rank_0()
+    with console.hushed():
+        try:
+            return program()
+        except (SystemExit, RanksEndedError):
+            raise
+        except BaseException as error:
+            _, code = console.explain(error)
+            if code:
+                from causal_forcing.runtime.process_group import refuse
+
+                refuse(place, error)
+            raise RanksEndedError("refused", exit_code=code, said=True) from error
+
+
+def check_rank_device(device: str) -> None:
+    """Check that a device can be asked for where each rank takes one of its own.
+
+    Raises:
+        UsageError: It is one GPU.
+    """
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device} is one GPU, and each rank takes its own: use --device cuda")
+
+
+@contextlib.contextmanager
+def left_at_once() -> Iterator[None]:
+    """Leave the process by an exit inside without winding anything up, where torch could be blocked in that."""
+    try:
+        yield
+    except SystemExit as leaving:
+        group = sys.modules.get("causal_forcing.runtime.process_group")
+        if group is not None and group.must_exit_at_once():
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(leaving.code if isinstance(leaving.code, int) else 0)
+        raise
+
+
+def _place() -> LaunchedRank | None:
+    try:
+        place = launched_rank()
+    except UsageError:  # said when a clip is asked for; `--help` works anywhere
+        return None
+    return place if place is not None and place.ranks > 1 else None
+
+
+def _leave_signals_to_rank_0() -> None:
+    """Leave without a word at a stop: there is nothing to clean up yet, and Ctrl-C is for rank 0."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
