@@ -86,9 +86,11 @@ def record_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[l
     return generate(case, folder, recorder.listen(engines), to_the_end=True), recorder
 
 
-def generate_clip(case: Case, weights: Case, folder: Path, engine: str) -> tuple[list[Chunk], list[str]]:
+def generate_clip(
+    case: Case, weights: Case, folder: Path, engine: str, *, ranks: int = 1
+) -> tuple[list[Chunk], list[str]]:
     """Generate the case's clip with all engines there are; returns its chunks and the names of the passes."""
-    engines = build_clip(case, weights, folder, engine, noise=load_file(folder / case["file"])["noise"])
+    engines = build_clip(case, weights, folder, engine, noise=load_file(folder / case["file"])["noise"], ranks=ranks)
     passes: list[str] = []
     counted = {name: Counted(each, passes) for name, each in engines.engines.items()}
     return generate(case, folder, dataclasses.replace(engines, engines=counted)), passes
@@ -308,7 +310,9 @@ class Roles:
         return tuple(part for part, name in named.items() if name is not None)
 
 
-def build_clip(case: Case, weights: Case, folder: Path, engine: str, *, noise: torch.Tensor) -> EngineSet:
+def build_clip(
+    case: Case, weights: Case, folder: Path, engine: str, *, noise: torch.Tensor, ranks: int = 1
+) -> EngineSet:
     """Build and load the engines of a clip whose noise is [B, F, C, h, w]."""
     roles = Roles(dit=case["weights"], vae=case.get("vae", "vae") if case["kind"] == "pipeline" else None)
     first_chunk = case.get("denoising_step_list_first_chunk")
@@ -335,7 +339,7 @@ def build_clip(case: Case, weights: Case, folder: Path, engine: str, *, noise: t
         batch=noise.shape[0],
         patch_size=variant.model.dit.patch_size,
     )
-    return build_engines(variant, geometry, roles, weights, folder, engine)
+    return build_engines(variant, geometry, roles, weights, folder, engine, ranks=ranks)
 
 
 def build_part(
@@ -358,7 +362,7 @@ def build_part(
 
 
 def build_engines(
-    variant: Variant, geometry: Geometry, roles: Roles, weights: Case, folder: Path, engine: str
+    variant: Variant, geometry: Geometry, roles: Roles, weights: Case, folder: Path, engine: str, *, ranks: int = 1
 ) -> EngineSet:
     """Build engines from golden weights through the ordinary loader, once per fingerprint, and load them."""
     backend = engine.removesuffix("-on-cpu")
@@ -370,6 +374,7 @@ def build_engines(
         precision="fp32",
         decoder="wan",
         weights=f"{folder}:{roles}",
+        context_parallel=ranks,
         package_version=package_version(),
         op_digest=op_digest(),
     )

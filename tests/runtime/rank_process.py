@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -100,11 +101,16 @@ def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:
     return EngineSet(folder=Path(), manifest=manifest, engines=engines, device=CPU)
 
 
+def spawn(function: Callable[..., None], ranks: int, *args: object) -> None:
+    """Run `function(rank, *args)` in so many processes, which import its file by its name as part of `tests`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        mp.spawn(function, args=args, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+
+
 def run_ranks(cases: list[ClipCase], ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """Make clips by so many processes; returns what each rank made of each case."""
-    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        _run, args=(cases, ranks, folder), nprocs=ranks
-    )
+    spawn(_run, ranks, cases, ranks, folder)
     return [torch.load(folder / f"{ranks}-{index}.pt", weights_only=False) for index in range(ranks)]
 
 
