@@ -137,8 +137,8 @@ def time_exchanges(config: EngineConfig, device: torch.device) -> list[float]:
 
     def exchange() -> None:
         for _ in range(spec.num_layers):
-            whole, _, _ = exchange_to_heads(q, k, v, ranks, 1, tokens)
-            exchange_to_tokens(whole, ranks, 1)
+            whole = exchange_to_heads(q, k, v, ranks, 1, tokens)
+            exchange_to_tokens(whole[:, :, 0].transpose(1, 2), ranks, 1)
 
     call: Any = exchange
     if device.type == "cuda":

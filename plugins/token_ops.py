@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from causal_forcing.plugins.custom_op import define_op
 from causal_forcing.plugins.ranks import current_ranks
 
-Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def share_of(tokens: int, ranks: int) -> int:
     """Return how many tokens a rank has of a segment, padding included."""
@@ -51,8 +49,7 @@ gather_tokens = define_op("gather_tokens", _gather_tokens, fake=_fake_gather_tok
 
 def _exchange_to_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: int, segments: int, tokens: int
-) -> Tensors3:
-    group = current_ranks(ranks)
+) -> torch.Tensor:
     batch, heads, shares, depth = q.shape
     share, own_heads = shares // segments, heads // ranks
     # [R, B, G, S, 3, n, D]: what goes to a rank is one block, which comes out in the order of tokens.
@@ -60,38 +57,35 @@ def _exchange_to_heads(
     for index, x in enumerate((q, k, v)):
         by_rank = torch.unflatten(torch.unflatten(x, 1, (ranks, own_heads)), 3, (segments, share))  # [B, R, n, G, S, D]
         blocks[:, :, :, :, index].copy_(by_rank.permute(1, 0, 3, 4, 2, 5))
-    received = group.exchange(blocks).permute(4, 1, 2, 0, 3, 5, 6)  # [3, B, G, R, S, n, D]
-    whole = received.flatten(3, 4)[:, :, :, :tokens].flatten(2, 3)  # [3, B, G·L, n, D]
-    q, k, v = (part.clone(memory_format=torch.contiguous_format).transpose(1, 2) for part in whole)
-    return q, k, v
+    received = current_ranks(ranks).exchange(blocks).permute(1, 2, 0, 3, 4, 5, 6)  # [B, G, R, S, 3, n, D]
+    return received.flatten(2, 3)[:, :, :tokens].flatten(1, 2).contiguous()
 
 
 def _fake_exchange_to_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranks: int, segments: int, tokens: int
-) -> Tensors3:
+) -> torch.Tensor:
     batch, heads, _, depth = q.shape
-    q, k, v = (x.new_empty(batch, segments * tokens, heads // ranks, depth).transpose(1, 2) for x in (q, k, v))
-    return q, k, v
+    return q.new_empty(batch, segments * tokens, 3, heads // ranks, depth)
 
 
 exchange_to_heads = define_op("exchange_to_heads", _exchange_to_heads, fake=_fake_exchange_to_heads)
-"""exchange_to_heads(q, k, v, ranks, segments, tokens): all tokens of this rank's heads, each [B, N/R, G·L, D].
+"""exchange_to_heads(q, k, v, ranks, segments, tokens): all tokens of this rank's heads, [B, G·L, 3, N/R, D] in memory.
 
-From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order.
+From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order. One chunk that is shared out
+evenly comes out as it was received.
 """
 
 
 def _exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
-    group = current_ranks(ranks)
     batch, own_heads, everything, depth = x.shape
     tokens = everything // segments
     share = share_of(tokens, ranks)
     by_segment = torch.unflatten(x, 2, (segments, tokens))
-    padded = torch.unflatten(
-        F.pad(by_segment, (0, 0, 0, share * ranks - tokens)), 3, (ranks, share)
-    )  # [B, n, G, R, S, D]
-    blocks = padded.permute(3, 0, 2, 4, 1, 5).contiguous()  # [R, B, G, S, n, D]
-    received = group.exchange(blocks).permute(1, 2, 3, 0, 4, 5)  # [B, G, S, R, n, D]
+    if share * ranks > tokens:
+        by_segment = F.pad(by_segment, (0, 0, 0, share * ranks - tokens))
+    by_rank = torch.unflatten(by_segment, 3, (ranks, share))  # [B, n, G, R, S, D]
+    blocks = by_rank.permute(3, 0, 2, 4, 1, 5).contiguous()  # [R, B, G, S, n, D]
+    received = current_ranks(ranks).exchange(blocks).permute(1, 2, 3, 0, 4, 5)  # [B, G, S, R, n, D]
     return received.reshape(batch, segments * share, ranks * own_heads, depth).transpose(1, 2)
 
 

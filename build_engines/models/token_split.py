@@ -36,7 +36,7 @@ class TokenSplit:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Turn this rank's tokens of all heads [B, N, G·S, D] into all tokens of its heads [B, N/ranks, G·L, D]."""
-        q, k, v = exchange_to_heads(q, k, v, self.ranks, chunks, self.tokens)
+        q, k, v = exchange_to_heads(q, k, v, self.ranks, chunks, self.tokens).permute(2, 0, 3, 1, 4).unbind()
         return q, k, v
 
     def to_tokens(self, x: torch.Tensor) -> torch.Tensor:
