@@ -74,8 +74,13 @@ def check_measurable(options: EngineOptions) -> None:
     """Check that what an engine makes can be measured.
 
     Raises:
-        UsageError: It makes something else than the shapes, or frames of another size.
+        UsageError: It makes something else than the shapes, or frames of another size, or needs several processes.
     """
+    if options.ranks > 1:
+        raise UsageError(
+            f"--quality makes clips in one process, got --context-parallel {options.ranks}: leave it out; every number "
+            "of ranks makes the same clips"
+        )
     if options.variant().model != SHAPES:
         slugs = ", ".join(variant.slug for variant in VARIANTS.values() if variant.model == SHAPES)
         raise UsageError(f"--quality is measured on moving shapes, which {options.slug} does not make: use {slugs}")

@@ -2,6 +2,7 @@
 
 What stands beside what: engines of ONNX Runtime and torch against the torch module that they were exported from; for
 plans, ONNX Runtime against the torch module, both in fp32, and, where there is a GPU, the plan against ONNX Runtime.
+Engines of several ranks run as the first of them would, and their modules with them: what ranks send is their own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from polygraphy.logger import G_LOGGER
 from causal_forcing.build_engines.builder import BuildJob, cut_networks, export_onnx
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.recipe import find_recipe
+from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.backends import BACKENDS, choose_device
 from causal_forcing.runtime.engine import Engine, IOTensors
 from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -103,8 +105,9 @@ def verify(job: BuildJob, folder: Path, *, device: str = "auto", seed: int = 0) 
     config = job.config
     for network in cut_networks(job, find_recipe(folder)):
         inputs = make_inputs(network.spec, config.geometry, config.variant.model, seed)
-        got = _run_engine(load_engine(folder, manifest, network.spec.name, chosen), inputs, chosen)
-        want = _run_module(network, inputs)
+        with rehearse(config.context_parallel):
+            got = _run_engine(load_engine(folder, manifest, network.spec.name, chosen), inputs, chosen)
+            want = _run_module(network, inputs)
         names = (f"{config.backend} {config.precision}", f"torch {config.precision}")
         yield from _compare_all(network.spec, got, want, names, TOLERANCES[config.precision])
 

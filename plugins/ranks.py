@@ -99,13 +99,16 @@ def rehearse(size: int) -> Iterator[None]:
         _rehearsal.reset(token)
 
 
+def count_ranks() -> int:
+    """Return how many processes are here to make clips together: 1 without a process group."""
+    rehearsal = _rehearsal.get()
+    if rehearsal is not None:
+        return rehearsal.size
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def current_ranks(size: int) -> Ranks:
     """Return the ranks that run a network which was built for `size` of them."""
     rehearsal = _rehearsal.get()
-    if rehearsal is not None:
-        ranks: Ranks = rehearsal
-    else:
-        assert dist.is_initialized(), "a network for several ranks runs in a process group"
-        ranks = ProcessGroup(index=dist.get_rank(), size=dist.get_world_size())
-    assert ranks.size == size, f"a network for {size} ranks runs on {ranks.size}"
-    return ranks
+    assert count_ranks() == size, f"a network for {size} ranks runs on {count_ranks()}"
+    return rehearsal or ProcessGroup(index=dist.get_rank(), size=size)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causal_forcing.plugins.ranks import Ranks, current_ranks
+from causal_forcing.plugins.ranks import Ranks, count_ranks, current_ranks
 from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
 from causal_forcing.runtime.denoiser import Denoiser
 from causal_forcing.runtime.encoder import WanEncoder
@@ -65,6 +65,9 @@ class VideoSession:
 
     Attributes:
         prompt_source: Where the embedding of the clip's prompt came from: `given`, `cached`, or `encoded`; None before.
+
+    Raises:
+        UsageError: The engines are for another number of ranks.
     """
 
     def __init__(self, engines: EngineSet, *, prompt_cache: PromptCache | None = None) -> None:
@@ -73,6 +76,11 @@ class VideoSession:
         self.prompt_source: str | None = None
         self._config = engines.manifest.config
         ranks = self._config.context_parallel
+        if ranks not in (1, count_ranks()):
+            raise UsageError(
+                f"{engines.folder} is for {ranks} ranks, got {count_ranks()}: make clips with cf-generate "
+                f"--context-parallel {ranks}, or build an engine for one"
+            )
         self._ranks: Ranks | None = None if ranks == 1 else current_ranks(ranks)
         self._io = engines.bind()
         self._denoiser = Denoiser(engines, self._io)
