@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +21,22 @@ class WeightFile:
         self.name = name
         self._tensors: dict[str, torch.Tensor] = {}
         self._keys: dict[tuple[object, ...], str] = {}
+        self._contents: dict[str, str] = {}
         self._sources: list[torch.Tensor] = []
 
     def add(self, parts: Sequence[torch.Tensor]) -> str:
-        """Add the concatenation of tensors along their first axis; returns its key, the same for the same tensors."""
+        """Add the concatenation of tensors along their first axis; returns its key, the same for the same numbers.
+
+        Rewrites make new tensors for every network, such as weights in e4m3 at a common scale, and the same ones.
+        """
         identity = tuple((part.data_ptr(), part.dtype, tuple(part.shape), part.stride()) for part in parts)
         if identity not in self._keys:
-            self._keys[identity] = key = f"{len(self._keys):04}"
+            whole = (parts[0] if len(parts) == 1 else torch.cat(list(parts))).detach()
+            key = self._contents.setdefault(_digest(whole), f"{len(self._tensors):04}")
+            if key not in self._tensors:
+                self._tensors[key] = whole
+            self._keys[identity] = key
             self._sources += parts  # alive, so that no other tensor comes to lie where they are
-            whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-            self._tensors[key] = whole.detach()
         return self._keys[identity]
 
     def write(self, folder: Path) -> None:
@@ -41,3 +48,10 @@ class WeightFile:
                 self._tensors[key] = tensor.contiguous().clone()
             owned.add(storage)
         save_file(self._tensors, folder / self.name)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's dtype, shape and numbers."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
