@@ -171,18 +171,63 @@ def plan_builds_table(folder: Path) -> str:
     return table(header, rows)
 
 
+def context_parallel_table(folder: Path) -> str:
+    """Return clips of several ranks beside those of one, taken in turn."""
+    header = (
+        "slug, device", "precision", "ranks", "frames a second", "first frames, warm", "AR step, p50 / p90 / p99",
+        "decode of a chunk", "torch's memory, each rank",
+    )  # fmt: skip
+    rows = []
+    for record in read_records("context_parallel", folder):
+        for ranks, run in ((1, record["one"]), (record["conditions"]["ranks"], record["ranks"])):
+            memory = sorted({f"{held / GB:.1f} GB" for held in run["bytes_of_rank"]})
+            rows.append(
+                (
+                    _subject(record),
+                    record["conditions"]["precision"],
+                    str(ranks),
+                    _spread(run["fps"], 1),
+                    _ms(run["first_frames_ms"]["median"]),
+                    _percentiles(run["step_ms"]),
+                    _ms(run["stages_ms"]["decode"]["p50"]),
+                    ", ".join(memory),
+                )
+            )
+    return table(header, rows)
+
+
+def context_parallel_ratios_table(folder: Path) -> str:
+    """Return how many times faster several ranks are than one, and what their exchanges take."""
+    header = (
+        "slug, device", "ranks", "clip", "AR step before the last", "exchanges of a denoising pass, alone",
+        "first latents, relative to one rank's",
+    )  # fmt: skip
+    rows = [
+        (
+            _subject(record),
+            str(record["conditions"]["ranks"]),
+            _spread(record["ratios"]["fps"], 2) + "×",
+            _spread(record["ratios"]["last_step"], 2) + "×",
+            _ms(record["exchange_of_a_pass_ms"]["median"]),
+            f"{record['first_latents_relative_error']:.1e}",
+        )
+        for record in read_records("context_parallel", folder)
+    ]
+    return table(header, rows)
+
+
 def conditions_table(folder: Path) -> str:
     """Return what the kept runs of clips, stages and attention were taken with."""
     header = ("run", "device", "versions", "commit", "clips or calls")
     rows = []
-    for benchmark in ("latency", "stages", "attention", "attention_kernel", "session_clip"):
+    for benchmark in ("latency", "stages", "context_parallel", "attention", "attention_kernel", "session_clip"):
         for record in read_records(benchmark, folder):
             conditions = record["conditions"]
             words = [conditions[key] for key in ("slug", "backend", "precision") if key in conditions]
             subject = ", ".join((*words, *decoder_words(conditions)))
             versions = [
                 f"{name.replace('_', '-')} {conditions[name]}"
-                for name in ("driver", "torch", "cudnn", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
+                for name in ("driver", "torch", "cudnn", "nccl", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
                 if name in conditions
             ]
             counts = [
@@ -215,6 +260,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": stages_table,
     "attention": attention_table,
     "plan-builds": plan_builds_table,
+    "context-parallel": context_parallel_table,
+    "context-parallel-ratios": context_parallel_ratios_table,
     "conditions": conditions_table,
 }
 """By the name in their markers."""
