@@ -23,7 +23,7 @@ from causal_forcing.runtime.config import (
     launched_rank,
     package_version,
 )
-from causal_forcing.runtime.errors import RecordError, UnknownNameError, UsageError
+from causal_forcing.runtime.errors import RanksEndedError, RecordError, UnknownNameError, UsageError
 from causal_forcing.runtime.launch import run_ranks
 from causal_forcing.runtime.manifest import read_manifest
 from causal_forcing.runtime.rank_process import check_rank_device, left_at_once, run_as_launched
@@ -147,7 +147,10 @@ def _run(request: ClipRequest, words: Sequence[str], as_json: bool, record: Clip
     if place is not None and place.ranks != ranks:
         raise UsageError(f"the clip's record has {ranks} ranks, torchrun started {place.ranks}: start as many")
     if place is None and ranks > 1:
-        raise typer.Exit(run_ranks([sys.executable, "-m", "causal_forcing.runtime.cli", *words], ranks))
+        code = run_ranks([sys.executable, "-m", "causal_forcing.runtime.cli", *words], ranks)
+        if code:
+            raise RanksEndedError(f"the ranks left with {code}", exit_code=code, said=True)
+        return
     made = make_clip(request, place)
     if place is None or place.rank == 0:
         _report(made if record is None else _compare(made, record), as_json)

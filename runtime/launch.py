@@ -25,8 +25,8 @@ LOCALHOST = "127.0.0.1"
 POLL_S = 0.05
 """Time between two looks at the ranks."""
 FOLLOW_S = 3.0
-"""How long ranks may take to notice by themselves that one has ended, before they are asked to stop."""
-END_S = 25.0
+"""How long ranks may take to notice by themselves that one has ended, and then to stop when they are asked to."""
+END_S = 20.0
 """How long ranks may take to end after a stop or a fault, before they are killed."""
 
 _LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -155,24 +155,33 @@ def _watch(
         codes = [process.returncode for process in processes]
         now_s = time.monotonic()
         if first is None:
-            first = next((rank for rank, code in enumerate(codes) if code), None)
+            first = _first_failed(codes)
         if failed_s is None and (first is not None or forwarded):
             failed_s = now_s
-        if failed_s is not None and first is not None and now_s - failed_s > follow_s and not asked:
+        # Once rank 0 is gone the others have nothing to wait for; before, they are given the time to tell it why.
+        if first is not None and failed_s is not None and (codes[0] is not None or now_s - failed_s > follow_s):
+            if not asked:
+                for process in processes:
+                    process.terminate()
             asked = True
-            for process in processes:
-                process.terminate()
-        if failed_s is not None and now_s - failed_s > end_s:
+        # Only rank 0 may need longer: it has files to close.
+        limit_s = 2 * follow_s if asked and codes[0] is not None else end_s
+        if failed_s is not None and now_s - failed_s > limit_s:
             for process in processes:
                 process.kill()
         time.sleep(poll_s)
     return _outcome([process.returncode for process in processes], first, forwarded)
 
 
+def _first_failed(codes: Sequence[int | None]) -> int | None:
+    """Return which rank failed first, of those that have by now: one that was killed has not followed another."""
+    failed = [rank for rank, code in enumerate(codes) if code]
+    return min(failed, key=lambda rank: ((codes[rank] or 0) > 0, rank), default=None)
+
+
 def _outcome(codes: Sequence[int], first: int | None, forwarded: Sequence[int]) -> int:
     """Return the exit code of a run whose ranks left with these, and say what none of them could."""
-    if first is None:
-        first = next((rank for rank, code in enumerate(codes) if code), None)
+    first = _first_failed(codes) if first is None else first
     if forwarded and (first is None or codes[first] in (-_FORWARDED, 128 + _FORWARDED)):
         if first is None or codes[first] < 0:
             console.narrate("interrupted")

@@ -278,25 +278,30 @@ def must_exit_at_once() -> bool:
 
 
 def _open_store(place: LaunchedRank, *, serves: bool, timeout_s: float, part: str = "clip") -> Store:
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and not exported by name
-            place.address,
-            place.port,
-            is_master=serves,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
-    except RuntimeError as error:  # torch's errors of networks and stores derive from it
-        if serves:
-            raise BackendUnavailableError(
-                f"rank 0 cannot listen on port {place.port} of {place.address}, is it in use? name another: "
-                "MASTER_PORT, or torchrun --master-port"
-            ) from error
+    opened: list[Store] = []
+
+    def open_store() -> None:
+        limit = datetime.timedelta(seconds=timeout_s)
+        with contextlib.suppress(RuntimeError):  # torch's errors of networks and stores derive from it
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and not exported by name
+                place.address, place.port, is_master=serves, wait_for_workers=False, timeout=limit
+            )
+            opened.append(dist.PrefixStore(f"{part}-{place.attempt}", store))  # type: ignore[attr-defined]
+
+    # In a thread: what listens on the port may be no store, and torch waits without limit for its first answer.
+    opening = threading.Thread(target=open_store, daemon=True)
+    opening.start()
+    opening.join(timeout_s + 1)
+    if opened:
+        return opened[0]
+    if serves:
         raise BackendUnavailableError(
-            f"rank {place.rank} finds no rank 0 at {place.address}:{place.port}: start all ranks together"
-        ) from error
-    prefixed: Store = dist.PrefixStore(f"{part}-{place.attempt}", store)  # type: ignore[attr-defined]
-    return prefixed
+            f"rank 0 cannot listen on port {place.port} of {place.address}, is it in use? name another: "
+            "MASTER_PORT, or torchrun --master-port"
+        )
+    raise BackendUnavailableError(
+        f"rank {place.rank} finds no rank 0 at {place.address}:{place.port}: start all ranks together"
+    )
 
 
 def _is_of_collective(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from causal_forcing.runtime.interruption import STOP_SIGNALS
 
 BEAT_S = 0.5
 """Time between two beats of a rank."""
-STALE_BEATS = 30
+STALE_BEATS = 24
 """Own beats after which a rank that has not beaten meanwhile counts as gone; no time, for all may be suspended."""
 GRACE_S = 5.0
 """How long a rank may take to end by itself once the clip has ended."""
@@ -182,13 +182,14 @@ class RankMonitor:
             console.narrate(ending.line, aloud=True)
 
     def linger(self, timeout_s: float) -> None:
-        """Wait for the others before this process ends: rank 0 until they know why, they until rank 0 is done."""
+        """Wait, before this process ends, until all whom that could mislead know why or are gone."""
         waiting = threading.Event()
+        # The store goes with rank 0; of the others only rank 0 must not take the end for a fault or a stop.
         others = range(1, self._ranks) if self._rank == 0 else (0,)
         for _ in range(max(1, round(timeout_s / 0.05))):
             with self._lock:
                 try:
-                    if all(self._is_gone(rank) or (self._rank == 0 and self._knows(rank)) for rank in others):
+                    if all(self._is_gone(rank) or self._knows(rank) for rank in others):
                         return
                 except Exception:
                     return  # the store went with rank 0
