@@ -26,8 +26,10 @@ from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.session import VideoSession
+from causal_forcing.runtime.session import Chunk, VideoSession
 from causal_forcing.runtime.spec import Geometry
+from tests.parity import adapter
+from tests.parity.test_golden import GOLDEN, MANIFEST
 
 CPU = torch.device("cpu")
 
@@ -36,13 +38,15 @@ CPU = torch.device("cpu")
 class ClipCase:
     """A clip to make."""
 
-    slug: str
-    blocks: int
+    slug: str = ""
+    blocks: int = 0
     geometry: Mapping[str, int] = field(default_factory=dict)
     backend: str = "torch"
     """torch runs modules as they are, cuda its tapes, whose ops run their plain bodies."""
     fp8_cache: bool = False
     image: bool = False
+    golden: str | None = None
+    """A clip of upstream's in place of the slug's, made by tapes."""
 
     def config(self, ranks: int) -> EngineConfig:
         """Return the configuration for this many ranks."""
@@ -54,6 +58,10 @@ class ClipCase:
 
 def make_clip(case: ClipCase, ranks: int, index: int = 0) -> dict[str, Any]:
     """Make a clip as one of so many ranks; every rank but the first gets a prompt and an image of its own to ignore."""
+    if case.golden is not None:
+        golden = MANIFEST["cases"][case.golden]
+        chunks, _ = adapter.generate_clip(golden, MANIFEST["weights"], GOLDEN, "cuda-on-cpu", ranks=ranks)
+        return join(chunks)
     config = case.config(ranks)
     engines = make_engines(case, config)
     dit = config.variant.model.dit
@@ -64,11 +72,12 @@ def make_clip(case: ClipCase, ranks: int, index: int = 0) -> dict[str, Any]:
     with VideoSession(engines) as session:
         chunks = list(session.generate(prompt, total_blocks=case.blocks, image=image))
     (cache,) = (io for io in engines.engines["dit_step"].spec.inputs if io.name == "k_cache_00")
-    return {
-        "latents": torch.cat([chunk.latents for chunk in chunks], dim=1),
-        "pixels": torch.cat([chunk.pixels for chunk in chunks], dim=1),
-        "cache": cache.shape,
-    }
+    return {**join(chunks), "cache": cache.shape}
+
+
+def join(chunks: list[Chunk]) -> dict[str, Any]:
+    """Return the latents and pixels of a clip."""
+    return {kind: torch.cat([getattr(chunk, kind) for chunk in chunks], dim=1) for kind in ("latents", "pixels")}
 
 
 def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:

@@ -1,10 +1,12 @@
-"""A clip made by several processes is the clip that one makes."""
+"""A clip made by several processes is the clip that one makes, and upstream's golden ones are upstream's."""
 
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.parity.test_golden import FP16_TOLERANCE, GOLDEN, MANIFEST
 from tests.runtime.rank_process import ClipCase, make_clip, run_ranks
 
 TOLERANCE = 1e-5
@@ -18,11 +20,9 @@ TINY = {"pixel_height": 48, "pixel_width": 80}
 
 CASES = {
     2: {
-        "chunkwise": ClipCase(slug="tiny", blocks=3, geometry=TINY),
         "chunkwise, outgrowing the window": ClipCase(slug="tiny", blocks=4, geometry={**TINY, "window_frames": 7}),
         "framewise, from an image": ClipCase(slug="tiny-i2v", blocks=4, geometry=TINY, image=True),
         "chunkwise, as tapes": ClipCase(slug="tiny", blocks=3, geometry=TINY, backend="cuda"),
-        "framewise, as tapes": ClipCase(slug="tiny-i2v", blocks=3, geometry=TINY, backend="cuda", image=True),
         "a cache of codes, as tapes": ClipCase(slug="tiny", blocks=2, geometry=TINY, backend="cuda", fp8_cache=True),
     },
     3: {
@@ -31,6 +31,9 @@ CASES = {
     },
 }
 
+GOLDEN_CLIPS = {name: ClipCase(golden=name) for name in ("dit_b_local6_sink1_chunkwise", "pipeline_framewise_i2v")}
+"""Passes over a window with a sink, and a clip from a given latent to pixels."""
+
 Made = dict[tuple[int, str], list[dict[str, Any]]]
 
 
@@ -38,7 +41,7 @@ Made = dict[tuple[int, str], list[dict[str, Any]]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """What each rank made of each case."""
     results: Made = {}
-    for ranks, cases in CASES.items():
+    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS, 3: CASES[3]}.items():
         by_rank = run_ranks(list(cases.values()), ranks, tmp_path_factory.mktemp("ranks"))
         results |= {(ranks, name): list(clips) for name, clips in zip(cases, zip(*by_rank, strict=True), strict=True)}
     return results
@@ -56,7 +59,18 @@ def test_every_rank_has_the_clip_that_one_process_makes(ranks: int, name: str, m
         torch.testing.assert_close(got["pixels"], want["pixels"], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(2, "chunkwise"), (3, "trained, framewise")])
+@pytest.mark.parametrize(("ranks", "name"), [(2, "chunkwise, as tapes"), (3, "trained, framewise")])
 def test_a_rank_holds_the_cache_of_its_own_heads_alone(ranks: int, name: str, made: Made) -> None:
     whole = make_clip(CASES[ranks][name], 1)["cache"]
     assert made[ranks, name][0]["cache"] == (whole[0], whole[1] // ranks, *whole[2:])
+
+
+@pytest.mark.parametrize("name", GOLDEN_CLIPS)
+def test_golden_clip_is_reproduced_by_every_rank(name: str, made: Made) -> None:
+    case = MANIFEST["cases"][name]
+    want = load_file(GOLDEN / case["file"])
+    for got in made[2, name]:
+        torch.testing.assert_close(got["latents"], want["latents"], **case["tolerance"])
+        if "pixels_fp16" in want:
+            stored = want["pixels_fp16"].float()
+            torch.testing.assert_close(got["pixels"], stored, atol=FP16_TOLERANCE, rtol=case["tolerance"]["rtol"])
