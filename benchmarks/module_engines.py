@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
-from causal_forcing.build_engines.models.dit import Layer
+from causal_forcing.build_engines.models.dit_layers import Layer
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.passes import ModuleEngine
 from causal_forcing.plugins.fused_op import keeps_fused_ops

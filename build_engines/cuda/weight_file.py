@@ -53,5 +53,5 @@ class WeightFile:
 def _digest(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's dtype, shape and numbers."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

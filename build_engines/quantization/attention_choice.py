@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
 from causal_forcing.build_engines.quantization.head_scales import HeadScales
 from causal_forcing.build_engines.quantization.recipe import SENSITIVE_ATTENTION_ERROR

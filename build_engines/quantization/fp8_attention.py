@@ -20,7 +20,7 @@ import torch
 from onnxscript import opset23 as op
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CacheAttention
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.contract import DOMAIN

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CacheAttention
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import fake_quantize, power_of_two_scale
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.fp8_attention_ops import segmented_attention_fp8

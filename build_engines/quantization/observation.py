@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, query_factor
 from causal_forcing.build_engines.quantization.fp8_linear import power_of_two_scale
 from causal_forcing.build_engines.quantization.head_scales import HeadObservation

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales, QuantizedCacheAttention
 from causal_forcing.build_engines.quantization.fp8_linear import QuantizedLinear
 from causal_forcing.build_engines.quantization.head_scales import CodeCacheAttention, HeadScales

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from causal_forcing.build_engines.models.dit import CausalDiT, Layer, TimestepModulation
+from causal_forcing.build_engines.models.dit import CausalDiT, TimestepModulation
+from causal_forcing.build_engines.models.dit_layers import Layer
 from causal_forcing.plugins.dit_ops import rotate
 from causal_forcing.runtime.rope import BASE, axis_dims
 from causal_forcing.runtime.schedule import timestep_embedding

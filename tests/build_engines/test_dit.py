@@ -7,14 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from causal_forcing.build_engines.model_loading import RandomModels
-from causal_forcing.build_engines.models.dit import (
-    CausalDiT,
-    DiTContext,
-    DiTStep,
-    PromptKV,
-    RMSNorm,
-    TimestepModulation,
-)
+from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
+from causal_forcing.build_engines.models.dit_layers import RMSNorm
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.spec import TINY, DiTSpec, ModelSpec
 

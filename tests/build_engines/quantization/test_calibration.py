@@ -13,7 +13,8 @@ from torch import nn
 
 from causal_forcing.build_engines.builder import BuildJob
 from causal_forcing.build_engines.model_loading import RandomModels
-from causal_forcing.build_engines.models.dit import CacheAttention, CausalDiT
+from causal_forcing.build_engines.models.dit import CausalDiT
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization import attention_choice, calibration, linear_choice, passes
 from causal_forcing.build_engines.quantization.calibration import Calibration
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from causal_forcing.build_engines.models.dit import CacheAttention
+from causal_forcing.build_engines.models.dit_layers import CacheAttention
 from causal_forcing.build_engines.quantization.fp8_attention import (
     AttentionScales,
     QuantizedCacheAttention,
