@@ -97,6 +97,9 @@ class RankGroup:
         if loopback is not None:  # all ranks are here: a machine's name and its routes play no part
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+        # NCCL's own watch would abort this process over a rank that is gone, before its clip is closed.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
         on_gpu = device.startswith("cuda")
         if on_gpu:
             if not dist.is_nccl_available():
