@@ -25,8 +25,6 @@ from causal_forcing.runtime.config import (
     EngineOptions,
     GenerateConfig,
     LaunchedRank,
-    op_digest,
-    package_version,
 )
 from causal_forcing.runtime.errors import (
     CausalForcingError,
@@ -42,6 +40,7 @@ from causal_forcing.runtime.errors import (
 from causal_forcing.runtime.image import ImageFit, load_image
 from causal_forcing.runtime.launch import environment_without_ranks
 from causal_forcing.runtime.manifest import check_files, read_manifest
+from causal_forcing.runtime.rank_process import decisive
 from causal_forcing.runtime.record import ClipRecord, check_record_path
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
 from causal_forcing.runtime.video import check_writable
@@ -127,25 +126,11 @@ def _make_clip_together(request: ClipRequest, place: LaunchedRank) -> ClipRecord
     from causal_forcing.runtime.process_group import joined, rank_device
 
     with joined(place) as group:
-        group.agree(_decisive(request, image))
+        group.agree(decisive(request, None if image is None else _image_sha256(image)))
         request = dataclasses.replace(request, device=rank_device(request.device, place))
         folder = group.share(lambda: _sound_engine(request))
         group.connect(request.device)
         return _generate(request, folder, image, group)
-
-
-def _decisive(request: ClipRequest, image: npt.NDArray[np.float32] | None) -> dict[str, object]:
-    """Return what decides a clip, by the names that the user knows; paths as the ranks were given them."""
-    given = dataclasses.asdict(request.options) | dataclasses.asdict(request.generate)
-    given |= {"engine": request.engine_folder, "device": request.device, "no_prompt_cache": not request.prompt_cache}
-    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    options |= {
-        "SLUG": options.pop("--slug"),
-        "the image": None if image is None else _image_sha256(image),
-        "the version of this program": f"{package_version()}-{op_digest()}",
-    }
-    plain: dict[str, object] = json.loads(json.dumps(options, default=str))
-    return plain
 
 
 def _sound_engine(request: ClipRequest) -> Path:

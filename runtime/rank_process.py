@@ -6,15 +6,21 @@ No framework is imported here: what can be refused without one is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.config import LaunchedRank, launched_rank
+from causal_forcing.runtime.config import LaunchedRank, launched_rank, op_digest, package_version
 from causal_forcing.runtime.errors import RanksEndedError, UsageError
 from causal_forcing.runtime.interruption import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from causal_forcing.runtime.clip import ClipRequest
 
 
 def run_as_launched(program: Callable[[], object]) -> object:
@@ -51,6 +57,20 @@ def check_rank_device(device: str) -> None:
     """
     if device.startswith("cuda:"):
         raise UsageError(f"--device {device} is one GPU, and each rank takes its own: use --device cuda")
+
+
+def decisive(request: ClipRequest, image_sha256: str | None) -> dict[str, object]:
+    """Return what decides a clip, by the names that the user knows; paths as the ranks were given them."""
+    given = dataclasses.asdict(request.options) | dataclasses.asdict(request.generate)
+    given |= {"engine": request.engine_folder, "device": request.device, "no_prompt_cache": not request.prompt_cache}
+    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    options |= {
+        "SLUG": options.pop("--slug"),
+        "the image": image_sha256,
+        "the version of this program": f"{package_version()}-{op_digest()}",
+    }
+    plain: dict[str, object] = json.loads(json.dumps(options, default=str))
+    return plain
 
 
 @contextlib.contextmanager
