@@ -310,17 +310,8 @@ def _generate(
 
 
 def _follow_clip(chunks: Iterator[Chunk], request: ClipRequest) -> None:
-    """Do this rank's part of every chunk; where its frames go is rank 0's."""
-    import torch
-
-    before: torch.cuda.Event | None = None
+    """Do this rank's part of every chunk; where its frames go is rank 0's. The session keeps the host in step."""
     for chunk in chunks:
-        if chunk.latents.is_cuda:  # nothing else keeps the host from running ahead: no more than a chunk
-            enqueued = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            enqueued.record()
-            if before is not None:
-                before.synchronize()
-            before = enqueued
         if chunk.index + 1 == request.generate.total_blocks:
             break
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 
 from causal_forcing.runtime.config import LaunchedRank
-from causal_forcing.runtime.errors import BackendUnavailableError, RanksEndedError, UsageError
+from causal_forcing.runtime.errors import BackendUnavailableError, RanksEndedError
 from causal_forcing.runtime.interruption import STOP_SIGNALS
-from causal_forcing.runtime.rank_monitor import RankMonitor, Store, ending_of, stop_ending
+from causal_forcing.runtime.rank_ending import ending_of, stop_ending
+from causal_forcing.runtime.rank_monitor import RankMonitor, Store
+from causal_forcing.runtime.rank_store import check_agreement, open_store
 
 JOIN_S = 60.0
 """How long ranks wait for each other at the start: they load the same libraries."""
@@ -106,7 +108,7 @@ class RankGroup:
                 raise BackendUnavailableError("this torch has no NCCL, which GPUs share a clip by: install another")
             torch.cuda.set_device(device)
         # A connection of its own: what is blocked in it is blocked alone.
-        store: Any = _open_store(self._place, serves=False, timeout_s=CONNECT_S, part="collectives")
+        store: Any = open_store(self._place, serves=False, timeout_s=CONNECT_S, part="collectives")
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=store,
@@ -204,8 +206,8 @@ def joined(place: LaunchedRank, *, connect_s: float = CONNECT_S) -> Iterator[Ran
     first = place.rank == 0
     serves = first and not place.launcher_has_store
     try:
-        store = _open_store(place, serves=serves, timeout_s=connect_s)
-        monitor = RankMonitor(_open_store(place, serves=False, timeout_s=connect_s), place.rank, place.ranks)
+        store = open_store(place, serves=serves, timeout_s=connect_s)
+        monitor = RankMonitor(open_store(place, serves=False, timeout_s=connect_s), place.rank, place.ranks)
     except BackendUnavailableError as error:
         if first:
             raise
@@ -231,31 +233,12 @@ def joined(place: LaunchedRank, *, connect_s: float = CONNECT_S) -> Iterator[Ran
 def refuse(place: LaunchedRank, error: BaseException, *, connect_s: float = CONNECT_S) -> None:
     """Let rank 0 say why this rank refuses, as it perhaps does not itself; then wait for it to have said so."""
     with contextlib.suppress(BackendUnavailableError, RuntimeError):
-        store = _open_store(place, serves=False, timeout_s=connect_s)
+        store = open_store(place, serves=False, timeout_s=connect_s)
         RankMonitor(store, place.rank, place.ranks).end(ending_of(error, place.rank, speaker=0))
         deadline_s = time.monotonic() + connect_s
         while time.monotonic() < deadline_s and not store.check(["knows/0"]):
             time.sleep(_POLL_S)
         time.sleep(1.0)  # launchers stop all ranks when one leaves, and rank 0 is about to speak
-
-
-def check_agreement(asked: Sequence[Mapping[str, object]]) -> None:
-    """Check that all ranks were asked for the same.
-
-    Args:
-        asked: Of each rank in order, names to plain JSON values.
-
-    Raises:
-        UsageError: Two of them were not; names the first difference.
-    """
-    for rank, own in enumerate(asked):
-        for name in {**asked[0], **own}:
-            first, other = asked[0].get(name), own.get(name)
-            if first != other:
-                raise UsageError(
-                    f"the ranks were asked for different clips: {name} is {_shown(first)} on rank 0 and "
-                    f"{_shown(other)} on rank {rank}: give all of them the same"
-                )
 
 
 def rank_device(device: str, place: LaunchedRank) -> str:
@@ -280,37 +263,6 @@ def must_exit_at_once() -> bool:
     return bool(dist.is_initialized())
 
 
-def _open_store(place: LaunchedRank, *, serves: bool, timeout_s: float, part: str = "clip") -> Store:
-    opened: list[Store] = []
-
-    def open_store() -> None:
-        limit = datetime.timedelta(seconds=timeout_s)
-        with contextlib.suppress(RuntimeError):  # torch's errors of networks and stores derive from it
-            store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, and not exported by name
-                place.address, place.port, is_master=serves, wait_for_workers=False, timeout=limit
-            )
-            opened.append(dist.PrefixStore(f"{part}-{place.attempt}", store))  # type: ignore[attr-defined]
-
-    # In a thread: what listens on the port may be no store, and torch waits without limit for its first answer.
-    opening = threading.Thread(target=open_store, daemon=True)
-    opening.start()
-    opening.join(timeout_s + 1)
-    if opened:
-        return opened[0]
-    if serves:
-        raise BackendUnavailableError(
-            f"rank 0 cannot listen on port {place.port} of {place.address}, is it in use? name another: "
-            "MASTER_PORT, or torchrun --master-port"
-        )
-    raise BackendUnavailableError(
-        f"rank {place.rank} finds no rank 0 at {place.address}:{place.port}: start all ranks together"
-    )
-
-
 def _is_of_collective(error: BaseException) -> bool:
     # Gloo has no class of its own; its messages name its sources.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-
-
-def _shown(value: object) -> str:
-    return "not given" if value is None else json.dumps(value, ensure_ascii=False)

@@ -16,11 +16,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.interruption import STOP_SIGNALS
+from causal_forcing.runtime.rank_ending import Ending, gone_ending, stop_ending
 
 BEAT_S = 0.5
 """Time between two beats of a rank."""
@@ -46,20 +46,6 @@ class Store(Protocol):
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         """Set a key to `desired` if it is `expected`, or not there and nothing is expected; returns what it is then."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """Why a clip ends before its time, for all ranks."""
-
-    code: int
-    """What all ranks leave with."""
-    line: str
-    """What the user is told; empty if there is nothing left to say."""
-    speaker: int
-    """The rank that tells it."""
-    stopped: bool = False
-    """Whether it was a stop that somebody asked for."""
 
 
 class RankMonitor:
@@ -273,7 +259,7 @@ class RankMonitor:
         for rank in range(self._ranks):
             if rank != self._rank and self._is_gone(rank) and not self._store.check([f"done/{rank}"]):
                 # It may have had the time to say why between the two looks.
-                self._propose(_gone(rank, self._rank))
+                self._propose(gone_ending(rank, self._rank))
                 return
 
     def _propose(self, ending: Ending) -> Ending:
@@ -314,25 +300,7 @@ class RankMonitor:
         gone = [rank for rank, process in self._processes.items() if select.select([process], [], [], 0.2)[0]]
         speaker = min(rank for rank in range(self._ranks) if rank not in gone)
         if gone:
-            self._ending = _gone(min(gone), speaker)
+            self._ending = gone_ending(min(gone), speaker)
         else:
             line = "error: the launcher of the ranks is gone, and with it what they agree by: run it again"
             self._ending = Ending(code=1, line=line, speaker=speaker)
-
-
-def stop_ending(number: int) -> Ending:
-    """Return the ending that a stop signal makes; rank 0 says so, as a program of one process does."""
-    return Ending(code=128 + number, line="interrupted", speaker=0, stopped=True)
-
-
-def ending_of(error: BaseException, rank: int, *, speaker: int | None = None) -> Ending:
-    """Return the ending that an error on a rank makes; the rank speaks itself unless another is to."""
-    line, code = console.explain(error)
-    if rank:
-        line = line.replace("error: ", f"error: rank {rank}: ", 1)
-    return Ending(code=code or 1, line=line, speaker=rank if speaker is None else speaker)
-
-
-def _gone(rank: int, speaker: int) -> Ending:
-    line = f"error: rank {rank} ended without a word: was it killed, for want of memory? run it again"
-    return Ending(code=1, line=line, speaker=speaker)

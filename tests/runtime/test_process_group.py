@@ -9,7 +9,8 @@ import torch
 
 from causal_forcing.runtime.config import LaunchedRank
 from causal_forcing.runtime.errors import BackendUnavailableError, UsageError
-from causal_forcing.runtime.process_group import check_agreement, rank_device
+from causal_forcing.runtime.process_group import rank_device
+from causal_forcing.runtime.rank_store import check_agreement
 
 PLACE = LaunchedRank(rank=2, ranks=4, address="127.0.0.1", port=1, launcher_has_store=False, attempt="0")
 

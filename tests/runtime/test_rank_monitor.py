@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from causal_forcing.runtime.errors import UsageError
-from causal_forcing.runtime.rank_monitor import Ending, RankMonitor, ending_of, stop_ending
+from causal_forcing.runtime.rank_ending import Ending, ending_of, stop_ending
+from causal_forcing.runtime.rank_monitor import RankMonitor
 
 FAULT = Ending(code=3, line="error: rank 1: out of memory", speaker=1)
 BEAT_S = 0.02
