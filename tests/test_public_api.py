@@ -17,6 +17,7 @@ PUBLIC = {
         *("ClipRecord", "ClipRequest", "EngineDamagedError", "EngineMismatchError", "EngineNotFoundError"),
         *("EngineOptions", "EngineSet", "FrameSink", "GenerateConfig", "GivenNoise", "ImageError", "ImageFit"),
         *("NoiseSource", "OutputError", "PlanError", "PromptCache", "PromptError", "PromptNotKept", "PromptTruncated"),
+        "RanksEndedError",
         *(
             "RecordError",
             "RequirementError",

@@ -1,7 +1,8 @@
-"""A rank of a clip that several processes make on CPUs: `run_ranks` starts them and returns what each of them made."""
+"""A rank of a clip that several processes make: `run_ranks` starts them and returns what each of them made."""
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,8 +31,7 @@ from causal_forcing.runtime.session import Chunk, VideoSession
 from causal_forcing.runtime.spec import Geometry
 from tests.parity import adapter
 from tests.parity.test_golden import GOLDEN, MANIFEST
-
-CPU = torch.device("cpu")
+from tests.runtime.cuda_engine_process import WIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,42 +47,47 @@ class ClipCase:
     image: bool = False
     golden: str | None = None
     """A clip of upstream's in place of the slug's, made by tapes."""
+    precision: str = "fp32"
+    wide: bool = False
+    """Whether heads are as wide as the released model's, for the kernels made for them."""
 
     def config(self, ranks: int) -> EngineConfig:
         """Return the configuration for this many ranks."""
-        options = EngineOptions(slug=self.slug, backend="torch", precision="fp32", random_weights=0)
+        options = EngineOptions(slug=self.slug, backend="torch", precision=self.precision, random_weights=0)
         config = resolve_engine(options, weights="random:0", device="cpu")
         geometry: Geometry = replace(config.geometry, **self.geometry)
-        return replace(config, geometry=geometry, context_parallel=ranks, backend=self.backend)
+        variant = replace(config.variant, model=WIDE) if self.wide else config.variant
+        return replace(config, variant=variant, geometry=geometry, context_parallel=ranks, backend=self.backend)
 
 
-def make_clip(case: ClipCase, ranks: int, index: int = 0) -> dict[str, Any]:
+def make_clip(case: ClipCase, ranks: int, index: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Make a clip as one of so many ranks; every rank but the first gets a prompt and an image of its own to ignore."""
     if case.golden is not None:
         golden = MANIFEST["cases"][case.golden]
         chunks, _ = adapter.generate_clip(golden, MANIFEST["weights"], GOLDEN, "cuda-on-cpu", ranks=ranks)
         return join(chunks)
     config = case.config(ranks)
-    engines = make_engines(case, config)
     dit = config.variant.model.dit
     seeded = torch.Generator().manual_seed(3 + index)
     prompt = torch.randn((1, dit.text_len, dit.text_dim), generator=seeded)
     height, width = config.geometry.pixel_height, config.geometry.pixel_width
     image = torch.rand((1, 3, 1, height, width), generator=seeded).mul(2).sub(1).numpy() if case.image else None
-    with VideoSession(engines) as session:
-        chunks = list(session.generate(prompt, total_blocks=case.blocks, image=image))
+    with tempfile.TemporaryDirectory() as folder:
+        engines = make_engines(case, config, torch.device(device), Path(folder))
+        with VideoSession(engines) as session:
+            chunks = list(session.generate(prompt, total_blocks=case.blocks, image=image))
     (cache,) = (io for io in engines.engines["dit_step"].spec.inputs if io.name == "k_cache_00")
     return {**join(chunks), "cache": cache.shape}
 
 
 def join(chunks: list[Chunk]) -> dict[str, Any]:
     """Return the latents and pixels of a clip."""
-    return {kind: torch.cat([getattr(chunk, kind) for chunk in chunks], dim=1) for kind in ("latents", "pixels")}
+    return {kind: torch.cat([getattr(chunk, kind).cpu() for chunk in chunks], dim=1) for kind in ("latents", "pixels")}
 
 
-def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:
-    """Return the engines of a case, with random weights."""
-    source = RandomModels(model=config.variant.model, seed=0, dtype=torch.float32)
+def make_engines(case: ClipCase, config: EngineConfig, device: torch.device, folder: Path) -> EngineSet:
+    """Return the engines of a case, with random weights; tapes go into the folder."""
+    source = RandomModels(model=config.variant.model, seed=0, dtype=getattr(torch, config.dtype))
     recipe = None
     if case.fp8_cache:
         spec = config.variant.model.dit
@@ -97,17 +102,16 @@ def make_engines(case: ClipCase, config: EngineConfig) -> EngineSet:
     networks = list(cut_networks(BuildJob(config=config, source=source, parts=("dit", "vae")), recipe))
     engines: dict[str, Engine] = {}
     if case.backend == "cuda":
-        folder = Path(tempfile.mkdtemp())
         tapes = TapeSet(folder)
         files = {network.spec.name: tapes.add(network) for network in networks}
         tapes.finish()
-        weights = DeviceWeights(folder, CPU)
+        weights = DeviceWeights(folder, device)
         engines = {n.spec.name: CudaEngine(weights, n.spec, folder / files[n.spec.name]) for n in networks}
     else:
         engines = {n.spec.name: ModuleEngine(n.spec, n.module) for n in networks}
     specs = tuple(network.spec for network in networks)
     manifest = Manifest(config=config, networks=specs, artefacts={}, files={})
-    return EngineSet(folder=Path(), manifest=manifest, engines=engines, device=CPU)
+    return EngineSet(folder=folder, manifest=manifest, engines=engines, device=device)
 
 
 def spawn(function: Callable[..., None], ranks: int, *args: object) -> None:
@@ -117,15 +121,24 @@ def spawn(function: Callable[..., None], ranks: int, *args: object) -> None:
         mp.spawn(function, args=args, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
 
 
-def run_ranks(cases: list[ClipCase], ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
-    """Make clips by so many processes; returns what each rank made of each case."""
-    spawn(_run, ranks, cases, ranks, folder)
+def run_ranks(cases: list[ClipCase], ranks: int, folder: Path, *, on_gpus: bool = False) -> list[list[dict[str, Any]]]:
+    """Make clips by so many processes, on CPUs or each on a GPU; returns what each rank made of each case."""
+    spawn(_run, ranks, cases, ranks, folder, on_gpus)
     return [torch.load(folder / f"{ranks}-{index}.pt", weights_only=False) for index in range(ranks)]
 
 
-def _run(index: int, cases: list[ClipCase], ranks: int, folder: Path) -> None:
+def _run(index: int, cases: list[ClipCase], ranks: int, folder: Path, on_gpus: bool) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder / f'{ranks}.store'}"
-    dist.init_process_group("gloo", init_method=store, rank=index, world_size=ranks, timeout=timedelta(seconds=120))
-    torch.save([make_clip(case, ranks, index) for case in cases], folder / f"{ranks}-{index}.pt")
+    device = f"cuda:{index}" if on_gpus else "cpu"
+    if on_gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        init_method=f"file://{folder / f'{ranks}.store'}",
+        rank=index,
+        world_size=ranks,
+        timeout=timedelta(seconds=120),
+    )
+    torch.save([make_clip(case, ranks, index, device) for case in cases], folder / f"{ranks}-{index}.pt")
+    gc.collect()  # graphs that hold collectives, before NCCL is left
     dist.destroy_process_group()

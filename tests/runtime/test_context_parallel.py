@@ -26,8 +26,9 @@ CASES = {
         "a cache of codes, as tapes": ClipCase(slug="tiny", blocks=2, geometry=TINY, backend="cuda", fp8_cache=True),
     },
     3: {
-        "trained, chunkwise": ClipCase(slug="shapes", blocks=2, geometry={"pixel_height": 80, "pixel_width": 64}),
-        "trained, framewise": ClipCase(slug="shapes-framewise", blocks=3),
+        "trained, framewise": ClipCase(
+            slug="shapes-framewise", blocks=2, geometry={"pixel_height": 80, "pixel_width": 64}
+        ),
     },
 }
 
