@@ -38,7 +38,7 @@ def record_name(record: dict[str, Any], device: str) -> str:
     """Return the file name of a record; a precision or a decoder other than the usual one is part of it."""
     conditions = record["conditions"]
     words = [record["benchmark"], *(conditions[key] for key in ("slug", "backend") if key in conditions)]
-    usual = "fp32" if device == "cpu" else "bf16"
+    usual = "fp32" if device.endswith("cpu") else "bf16"
     if conditions["precision"] != usual:
         words.append(conditions["precision"])
     words += decoder_words(conditions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -166,6 +167,30 @@ def test_attention_times_what_is_here_and_says_why_not_elsewhere(tmp_path: Path)
         assert kernels["sdpa_math"]["largest_difference"] < 1e-5
         assert all(("ms" in figures) != ("unavailable" in figures) for figures in kernels.values())
         assert "unavailable" in kernels["hopper"], "no CPU has it"
+
+
+def test_context_parallel_makes_the_same_clip_by_two_ranks_and_by_one(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        options = EngineOptions(
+            slug="tiny", backend="torch", pixel_height=32, pixel_width=48, random_weights=0, context_parallel=ranks
+        )
+        build(dataclasses.replace(make_job(options, device="cpu"), parts=("dit", "vae")), tmp_path / str(ranks))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = ["-m", "benchmarks.context_parallel", "--engine", str(tmp_path / "2"), "--single", str(tmp_path / "1")]
+    counts = ["--device", "cpu", "--total-blocks", "2", "--repeats", "2", "--output", str(tmp_path / "records")]
+    command = [*launcher, *program, *counts]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (path,) = (tmp_path / "records").iterdir()
+    record = json.loads(path.read_text())
+    assert path.name == "context_parallel-tiny-torch-2x-cpu.json"
+    assert set(record["conditions"]) >= CONDITIONS
+    assert record["conditions"]["ranks"] == len(record["ranks"]["bytes_of_rank"]) == 2
+    for name in ("ranks", "one"):
+        assert_holds_together(record[name], repeats=2, staged_repeats=1)
+    assert_is_spread(record["ratios"]["fps"], 2)
+    assert_is_spread(record["exchange_of_a_pass_ms"], 5)
+    assert record["first_latents_relative_error"] < 1e-5
 
 
 def test_full_size_export_exports_and_verifies_in_two_phases() -> None:
