@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.metadata
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,27 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from causal_forcing.build_engines.cuda.tape_set import TapeSet, compile_kernels, lay_out
+from causal_forcing.build_engines.dit_networks import dit_networks
+from causal_forcing.build_engines.engine_directory import check_room, locked, written_whole
 from causal_forcing.build_engines.export import export_program, save_onnx, save_program
 from causal_forcing.build_engines.model_loading import ModelSource
-from causal_forcing.build_engines.networks import (
-    Network,
-    decoder_networks,
-    dit_networks,
-    encoder_networks,
-    taehv_networks,
-    text_network_names,
-    text_networks,
-)
+from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.plans.plan_set import PlanProgress, compile_plans
 from causal_forcing.build_engines.quantization.calibration import calibrate
 from causal_forcing.build_engines.quantization.recipe import Recipe
+from causal_forcing.build_engines.text_networks import text_network_names, text_networks
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
+from causal_forcing.build_engines.vae_networks import decoder_networks, encoder_networks, taehv_networks
 from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.config import EngineConfig
-from causal_forcing.runtime.errors import BuildLockedError, OutputError
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, stamp_files
 from causal_forcing.runtime.schedule import plan_variant
@@ -112,7 +103,7 @@ def build(
         OutputError: The directory cannot be written.
         PlanError: TensorRT does not compile a network as it was asked to.
     """
-    with _locked(folder), _writing(folder) as partial:
+    with locked(folder), written_whole(folder) as partial:
         started_s = time.monotonic()
         networks, artefacts, seconds = [], {}, {}
         recipe, quantization = _quantize(job, partial)
@@ -120,7 +111,7 @@ def build(
         for network in cut_networks(job, recipe):
             progress(network.spec.name)
             network_started_s = time.monotonic()
-            _check_room(network, partial)
+            check_room(network, partial)
             if tapes is not None:
                 network = lay_out(network)
             artefacts[network.spec.name] = _save(network, job.config, partial) if tapes is None else tapes.add(network)
@@ -229,17 +220,6 @@ def _save(network: Network, config: EngineConfig, folder: Path) -> str:
     return name
 
 
-def _check_room(network: Network, folder: Path) -> None:
-    """Refuse to write a network that the disk has no room for; found out later, it would end torch's writer."""
-    needed, free = sum(weight.nbytes for weight in network.module.parameters()), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            f"cannot write {network.spec.name} into {folder}: it takes {needed / 2**30:.2f} GiB and "
-            f"{free / 2**30:.2f} GiB are free; free some, or choose another folder with cf-build --output or "
-            "CAUSAL_FORCING_HOME"
-        )
-
-
 def export_onnx(network: Network, geometry: Geometry, path: Path) -> None:
     """Export one network to an ONNX file."""
     writes = 1 if geometry.ring_is_chunk_aligned else geometry.chunk_frames
@@ -254,45 +234,3 @@ def _write_tokenizer(job: BuildJob, folder: Path) -> None:
     for path in job.tokenizer.iterdir():
         if path.suffix in (".json", ".model"):
             shutil.copyfile(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the build lock of a directory; it goes with the process that held it, however that ends."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
-        with lock.acquire(timeout=0):
-            yield
-    except filelock.Timeout:
-        raise BuildLockedError(
-            f"another process is building {folder}: wait for it, or stop it and run the same command again"
-        ) from None
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `folder` that takes its name if all goes well."""
-    for stale in folder.parent.glob(f".{folder.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        assert (partial / MANIFEST_NAME).exists(), "a build ends by writing its manifest"
-        replaced = folder.parent / f".{folder.name}.partial-replaced"
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _cannot_write(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write the engine {folder}: {error.strerror or error}; free space, or choose another folder with "
-        "cf-build --output or CAUSAL_FORCING_HOME"
-    )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from causal_forcing.build_engines.dit_networks import dit_networks
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.networks import Network, dit_networks
+from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.passes import PassPlan, run_passes
 from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.runtime.config import EngineConfig

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from causal_forcing.build_engines.dit_networks import dit_networks
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.networks import Network, dit_networks
+from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import Engine, copy_outputs, copy_targets
 from causal_forcing.runtime.loading import EngineSet

@@ -11,7 +11,8 @@ import torch
 
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networks, network_names
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels
-from causal_forcing.build_engines.networks import Network, example_inputs, text_network_names, text_networks
+from causal_forcing.build_engines.networks import Network, example_inputs
+from causal_forcing.build_engines.text_networks import text_network_names, text_networks
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.spec import SHAPES, TINY, VARIANTS, WAN21_T2V_1_3B, Variant

@@ -21,7 +21,8 @@ from causal_forcing.build_engines.cuda.tape_set import TapeSet, lay_out
 from causal_forcing.build_engines.export import export_program
 from causal_forcing.build_engines.models.row_split import split_rows, stage_halos
 from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE, decoder_row_split
-from causal_forcing.build_engines.networks import Network, decoder_networks
+from causal_forcing.build_engines.networks import Network
+from causal_forcing.build_engines.vae_networks import decoder_networks
 from causal_forcing.plugins import row_ops
 from causal_forcing.plugins.fused_op import keep_fused_ops
 from causal_forcing.plugins.ranks import Ranks, rehearse

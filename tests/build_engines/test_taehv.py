@@ -18,8 +18,8 @@ from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels, ReleasedModels
 from causal_forcing.build_engines.models.taehv import TAEHV, TAEHVDecoder, TAEHVDecoderFirst, memory_shapes
 from causal_forcing.build_engines.models.vae import LatentScale
-from causal_forcing.build_engines.networks import taehv_networks
 from causal_forcing.build_engines.planner import make_job
+from causal_forcing.build_engines.vae_networks import taehv_networks
 from causal_forcing.build_engines.verification import verify
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.config import EngineOptions

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from causal_forcing.build_engines import verification
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
-from causal_forcing.build_engines.networks import text_networks
 from causal_forcing.build_engines.planner import make_job
+from causal_forcing.build_engines.text_networks import text_networks
 from causal_forcing.build_engines.verification import OutputComparison, make_inputs, verify
 from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.errors import EngineDamagedError

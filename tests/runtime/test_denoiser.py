@@ -12,9 +12,10 @@ import torch
 
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.cuda.tape_set import TapeSet
+from causal_forcing.build_engines.dit_networks import dit_networks
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.dit import CausalDiT
-from causal_forcing.build_engines.networks import Network, dit_networks
+from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.passes import ModuleEngine
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.denoiser import Denoiser

@@ -20,7 +20,7 @@ import torch
 from causal_forcing.build_engines.export import export_program, save_onnx
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.vae import VAEDecoderFirst, VAEEncoderFirst
-from causal_forcing.build_engines.networks import text_networks
+from causal_forcing.build_engines.text_networks import text_networks
 from causal_forcing.runtime.decoder import NoDecoder
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from causal_forcing.build_engines.builder import export_onnx
+from causal_forcing.build_engines.dit_networks import dit_networks
 from causal_forcing.build_engines.model_loading import RandomModels
-from causal_forcing.build_engines.networks import dit_networks
 from causal_forcing.build_engines.plans.job import PlanJob, onnx_sha256
 from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.config import PlanOptions
