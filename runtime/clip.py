@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 BUILD_STOP_S = 30.0
 """How long a build that was asked to stop may take to clean up."""
+SIGNAL_POLL_S = 0.5
+"""How often a program that waits for a build looks for signals."""
 WARNING_LENGTH = 300
 """Characters of a warning that quotes the prompt."""
 
@@ -189,7 +191,7 @@ def _build(options: EngineOptions, device: str) -> Path:
         process_group=0,
     )
     try:
-        result, _ = build.communicate()
+        result = _output_of(build)
     except BaseException:
         console.narrate("stopping the build")
         build.send_signal(signal.SIGTERM)
@@ -206,6 +208,13 @@ def _build(options: EngineOptions, device: str) -> Path:
             failure.exit_code = 3
         raise failure
     return Path(json.loads(result)["engine"])
+
+
+def _output_of(build: subprocess.Popen[str]) -> str:
+    """Wait for a build, and see to signals meanwhile: one that another thread received ends no system call here."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return build.communicate(timeout=SIGNAL_POLL_S)[0]
 
 
 def _build_arguments(options: EngineOptions) -> list[str]:

@@ -105,8 +105,9 @@ def test_commands_make_what_the_readme_says(here: Path) -> None:
 @pytest.mark.parametrize("fence", _marked("needs: weights"), ids=lambda fence: fence.text.split("\n")[0][:60])
 def test_options_of_a_command_that_needs_weights_are_valid(fence: Fence, here: Path, engine_home: Path) -> None:
     for command in fence.text.splitlines():
-        assert command.startswith("cf-generate ")
-        _run_fence(f"{command} --no-instantiate", fence.language, here)
+        launcher, program, options = command.rpartition("cf-generate ")
+        assert launcher in ("", "torchrun --nproc_per_node=4 --no-python ")
+        _run_fence(f"{program}{options} --no-instantiate", fence.language, here)
 
 
 def test_download_commands_fetch_the_pinned_files() -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextvars
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from causal_forcing.build_engines.cuda.tape_set import TapeSet, lay_out
 from causal_forcing.build_engines.export import export_program
@@ -179,27 +175,6 @@ def test_tapes_and_programs_on_several_ranks_equal_the_module(on_ranks: OnRanks,
     wanted = decode(vae, latents)
     assert_all_have(on_ranks(ranks, play), wanted)
     assert_all_have(on_ranks(ranks, lambda: [program.module()(latents[0])[0]]), wanted[:1])
-
-
-# --- ranks in processes ---------------------------------------------------------------------------------------------
-
-
-def decode_in_process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    with torch.no_grad():
-        torch.save(decode(random_vae(), draw_latents(2, 1, 24, 3), ranks=2), folder / str(rank))
-    dist.destroy_process_group()
-
-
-def test_processes_decode_the_whole_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # processes import this file by its name
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    mp.spawn(decode_in_process, (port, tmp_path), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    assert_all_have(
-        [torch.load(tmp_path / str(rank)) for rank in range(2)], decode(random_vae(), draw_latents(2, 1, 24, 3))
-    )
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

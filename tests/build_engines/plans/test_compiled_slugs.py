@@ -18,7 +18,6 @@ SMALL = ("--pixel-height", "32", "--pixel-width", "48")
 @pytest.mark.parametrize(
     ("slug", "precision", "capabilities", "arguments"),
     [
-        ("tiny", "bf16", [86, 89, 120], SMALL),
         ("tiny-i2v", "fp16", [89], (*SMALL, "--compute-capability", "89")),
         ("shapes", "bf16", [86, 89, 120], ()),
         ("tiny", "fp8", [89, 120], (*SMALL, "--window-frames", "6")),
