@@ -177,7 +177,7 @@ def test_context_parallel_makes_the_same_clip_by_two_ranks_and_by_one(tmp_path: 
         build(dataclasses.replace(make_job(options, device="cpu"), parts=("dit", "vae")), tmp_path / str(ranks))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     program = ["-m", "benchmarks.context_parallel", "--engine", str(tmp_path / "2"), "--single", str(tmp_path / "1")]
-    counts = ["--device", "cpu", "--total-blocks", "2", "--repeats", "2", "--output", str(tmp_path / "records")]
+    counts = ["--device", "cpu", "--total-blocks", "2", "--repeats", "1", "--output", str(tmp_path / "records")]
     command = [*launcher, *program, *counts]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -187,8 +187,8 @@ def test_context_parallel_makes_the_same_clip_by_two_ranks_and_by_one(tmp_path: 
     assert set(record["conditions"]) >= CONDITIONS
     assert record["conditions"]["ranks"] == len(record["ranks"]["bytes_of_rank"]) == 2
     for name in ("ranks", "one"):
-        assert_holds_together(record[name], repeats=2, staged_repeats=1)
-    assert_is_spread(record["ratios"]["fps"], 2)
+        assert_holds_together(record[name], repeats=1, staged_repeats=1)
+    assert_is_spread(record["ratios"]["fps"], 1)
     assert_is_spread(record["exchange_of_a_pass_ms"], 5)
     assert record["first_latents_relative_error"] < 1e-5
 

@@ -129,16 +129,6 @@ def test_generate_lone_prompt_leaves_the_slug_to_the_engine(
     assert (resolved["variant"]["slug"], resolved["generate"]["prompt"]) == ("tiny", "a red star")
 
 
-def test_generate_prompt_alone_makes_a_clip_of_the_included_model(run: Run, tmp_path: Path) -> None:
-    small = ("--pixel-height", "32", "--pixel-width", "32", "--backend", "torch", "--precision", "fp32")
-    finished = run("cf-generate", "a red star drifts left", *small, "--total-blocks", "1", "--json", cwd=tmp_path)
-    record = answer(finished)
-    assert (record["output"], record["frames"]) == ("outputs/shapes.mp4", 9)
-    assert record["generate"]["prompt"] == "a red star drifts left"
-    assert record["engine_config"]["weights"] == f"included:{VARIANTS['shapes'].included_weights}"
-    assert "noise" not in finished.stderr
-
-
 def test_build_json_says_what_was_reused(run: Run, tiny_engine: Path) -> None:
     summary = answer(run("cf-build", "tiny", *SIZE, "--json"))
     assert summary["engine"] == str(tiny_engine)

@@ -99,6 +99,8 @@ def test_commands_make_what_the_readme_says(here: Path) -> None:
     with av.open(here / "square.mp4") as clip:
         frames = sum(1 for _ in clip.decode(video=0))
     assert (record.status, record.frames, frames) == ("complete", 21, 21)
+    # A prompt alone is for the model in the package.
+    assert record.engine_config["weights"] == f"included:{find_variant('shapes').included_weights}"
     assert len(list((here / "frames").glob("*.png"))) == 21
 
 
