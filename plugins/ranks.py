@@ -1,15 +1,19 @@
 """The processes that make one clip together, one a GPU, and what they hand each other.
 
-Data goes through torch's process group: NCCL between GPUs, gloo between CPUs. Everything here can be captured in a CUDA
-graph, once it has run before.
+Data goes through torch's process groups: NCCL between GPUs, gloo between CPUs. Everything here can be captured in a
+CUDA graph, once it has run before.
+
+The collectives of a group have one order on all ranks. Passes use torch's default group. The decoder has one of its
+own, for it runs beside the passes: which of them comes first may differ from rank to rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,17 +43,19 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessGroup:
-    """The ranks of torch's default process group."""
+    """All ranks, through a process group of torch's."""
 
     index: int
     """See `Ranks`."""
     size: int
     """See `Ranks`."""
+    group: dist.ProcessGroup | None = None
+    """That process group; None is the default one."""
 
     def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
         """See `Ranks.exchange`."""
         received = torch.empty_like(blocks)
-        dist.all_to_all_single(received, blocks)
+        dist.all_to_all_single(received, blocks, group=self.group)
         return received
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:
@@ -59,7 +65,7 @@ class ProcessGroup:
 
     def share(self, x: torch.Tensor) -> None:
         """See `Ranks.share`."""
-        dist.broadcast(x, src=0)
+        dist.broadcast(x, src=0, group=self.group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,3 +118,22 @@ def current_ranks(size: int) -> Ranks:
     rehearsal = _rehearsal.get()
     assert count_ranks() == size, f"a network for {size} ranks runs on {count_ranks()}"
     return rehearsal or ProcessGroup(index=dist.get_rank(), size=size)
+
+
+# By the default group that a group belongs to: one that is made after that was left has another.
+_decoding_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+def decoding_ranks(size: int) -> Ranks:
+    """Return what `current_ranks` does, for the decoder: with a process group of its own.
+
+    The first call makes that group. All ranks must make it at the same point, and not while a CUDA graph is captured.
+    """
+    ranks = current_ranks(size)
+    if not isinstance(ranks, ProcessGroup):
+        return ranks
+    default = dist.group.WORLD
+    assert default is not None, "ranks without a process group rehearse"
+    if default not in _decoding_groups:
+        _decoding_groups[default] = dist.new_group()
+    return replace(ranks, group=_decoding_groups[default])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from causal_forcing.plugins.custom_op import define_op
-from causal_forcing.plugins.ranks import current_ranks
+from causal_forcing.plugins.ranks import current_ranks, decoding_ranks
 
 
 def _window_rows(x: torch.Tensor, starts: Sequence[int], height: int) -> torch.Tensor:
@@ -27,7 +27,7 @@ window_rows = define_op("window_rows", _window_rows, fake=_fake_window_rows)
 
 
 def _gather_rows(x: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-    parts = current_ranks(len(starts)).gather(x.contiguous())
+    parts = decoding_ranks(len(starts)).gather(x.contiguous())
     height = x.shape[-2]
     # A rank may begin in rows of the one before: these are the same, and are left out.
     ends = [0] + [start + height for start in starts[:-1]]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causal_forcing.plugins.ranks import Ranks, count_ranks, current_ranks
+from causal_forcing.plugins.ranks import Ranks, count_ranks, current_ranks, decoding_ranks
 from causal_forcing.runtime.decoder import NoDecoder, StreamingDecoder, WanDecoder
 from causal_forcing.runtime.denoiser import Denoiser
 from causal_forcing.runtime.encoder import WanEncoder
@@ -82,6 +82,8 @@ class VideoSession:
                 f"--context-parallel {ranks}, or build an engine for one"
             )
         self._ranks: Ranks | None = None if ranks == 1 else current_ranks(ranks)
+        if self._ranks is not None and self._config.decoder == "wan":
+            decoding_ranks(ranks)  # makes their group here, where all ranks pass and nothing is on its way between them
         self._io = engines.bind()
         self._denoiser = Denoiser(engines, self._io)
         self._decoder = self._make_decoder()
@@ -172,9 +174,7 @@ class VideoSession:
             if self._decode_stream is None:
                 yield chunk
                 self._check_current(clip)
-            elif index == 0 or self._ranks is not None:
-                # Somebody waits for the first frames: no pass shares the GPU with them. And what ranks send each other
-                # needs one order, which passes and decoding beside each other would not have.
+            elif index == 0:  # somebody waits for the first frames: no pass shares the GPU with them
                 self._await_decode()
             if not is_last:
                 self._denoiser.write_context(start_frame, following, noise, is_initial=generated < 0)

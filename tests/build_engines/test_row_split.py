@@ -105,7 +105,8 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], T]]
         with ThreadPoolExecutor(ranks) as pool:
             return list(pool.map(as_rank, range(ranks)))
 
-    monkeypatch.setattr(row_ops, "current_ranks", current_ranks)
+    for name in ("current_ranks", "decoding_ranks"):
+        monkeypatch.setattr(row_ops, name, current_ranks)
     return run
 
 

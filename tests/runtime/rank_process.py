@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,6 +23,9 @@ from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.quantization.head_scales import HeadScales
 from causal_forcing.build_engines.quantization.passes import ModuleEngine
 from causal_forcing.build_engines.quantization.recipe import Recipe
+from causal_forcing.plugins.ranks import decoding_ranks
+from causal_forcing.plugins.row_ops import gather_rows
+from causal_forcing.plugins.token_ops import gather_tokens
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
@@ -50,6 +55,8 @@ class ClipCase:
     precision: str = "fp32"
     wide: bool = False
     """Whether heads are as wide as the released model's, for the kernels made for them."""
+    crossed: bool = False
+    """No clip: see `cross_collectives`."""
 
     def config(self, ranks: int) -> EngineConfig:
         """Return the configuration for this many ranks."""
@@ -62,6 +69,8 @@ class ClipCase:
 
 def make_clip(case: ClipCase, ranks: int, index: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Make a clip as one of so many ranks; every rank but the first gets a prompt and an image of its own to ignore."""
+    if case.crossed:
+        return cross_collectives(ranks, index)
     if case.golden is not None:
         golden = MANIFEST["cases"][case.golden]
         chunks, _ = adapter.generate_clip(golden, MANIFEST["weights"], GOLDEN, "cuda-on-cpu", ranks=ranks)
@@ -78,6 +87,30 @@ def make_clip(case: ClipCase, ranks: int, index: int = 0, device: str = "cpu") -
             chunks = list(session.generate(prompt, total_blocks=case.blocks, image=image))
     (cache,) = (io for io in engines.engines["dit_step"].spec.inputs if io.name == "k_cache_00")
     return {**join(chunks), "cache": cache.shape}
+
+
+def cross_collectives(ranks: int, index: int) -> dict[str, torch.Tensor]:
+    """Gather a decoder's rows and a pass's tokens, each rank's its number, the second before the first on odd ranks.
+
+    Both are of one size: where they met in one process group, each would receive parts of the other.
+    """
+    decoding_ranks(ranks)  # makes the decoder's group, as a session does
+    made: dict[str, torch.Tensor] = {}
+
+    def decode() -> None:
+        made["rows"] = gather_rows(torch.full((1, 1, 1, 1, 6), float(index)), list(range(ranks)))
+
+    def run_pass() -> None:
+        made["tokens"] = gather_tokens(torch.full((1, 1, 6), 10.0 + index), ranks, ranks)
+
+    begun = [threading.Thread(target=run, daemon=True) for run in (decode, run_pass)]
+    for thread in reversed(begun) if index % 2 else begun:
+        thread.start()
+        time.sleep(0.2)  # until it is inside, where it waits for the other ranks
+    for thread in begun:
+        thread.join(timeout=20)
+    assert made.keys() == {"rows", "tokens"}, f"rank {index} got nothing but {sorted(made)}"
+    return made
 
 
 def join(chunks: list[Chunk]) -> dict[str, Any]:

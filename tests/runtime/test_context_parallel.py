@@ -34,6 +34,8 @@ CASES = {
 GOLDEN_CLIPS = {name: ClipCase(golden=name) for name in ("dit_b_local6_sink1_chunkwise",)}
 """Passes over a window with a sink."""
 
+CROSSED = "decoding beside the passes"
+
 Made = dict[tuple[int, str], list[dict[str, Any]]]
 
 
@@ -41,7 +43,7 @@ Made = dict[tuple[int, str], list[dict[str, Any]]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """What each rank made of each case."""
     results: Made = {}
-    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS, 3: CASES[3]}.items():
+    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS | {CROSSED: ClipCase(crossed=True)}, 3: CASES[3]}.items():
         by_rank = run_ranks(list(cases.values()), ranks, tmp_path_factory.mktemp("ranks"))
         results |= {(ranks, name): list(clips) for name, clips in zip(cases, zip(*by_rank, strict=True), strict=True)}
     return results
@@ -71,3 +73,9 @@ def test_golden_clip_is_reproduced_by_every_rank(name: str, made: Made) -> None:
     want = load_file(GOLDEN / case["file"])
     for got in made[2, name]:
         torch.testing.assert_close(got["latents"], want["latents"], **case["tolerance"])
+
+
+def test_collectives_of_decoder_and_passes_need_no_common_order(made: Made) -> None:
+    for got in made[2, CROSSED]:
+        assert got["rows"][0, 0, 0, :, 0].tolist() == [0, 1]
+        assert got["tokens"][0, :, 0].tolist() == [10, 11]
