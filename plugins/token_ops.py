@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from causal_forcing.plugins.custom_op import define_op
+from causal_forcing.plugins.dit_ops import norm_rope, split_heads
+from causal_forcing.plugins.fused_op import fused_op, kernel_of
 from causal_forcing.plugins.ranks import current_ranks
 
 
@@ -57,7 +59,12 @@ def _exchange_to_heads(
     for index, x in enumerate((q, k, v)):
         by_rank = torch.unflatten(torch.unflatten(x, 1, (ranks, own_heads)), 3, (segments, share))  # [B, R, n, G, S, D]
         blocks[:, :, :, :, index].copy_(by_rank.permute(1, 0, 3, 4, 2, 5))
-    received = current_ranks(ranks).exchange(blocks).permute(1, 2, 0, 3, 4, 5, 6)  # [B, G, R, S, 3, n, D]
+    return exchange_blocks(blocks, tokens)
+
+
+def exchange_blocks(blocks: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Send each rank its block of [R, B, G, S, 3, n, D]; returns what came here, [B, G·L, 3, n, D]."""
+    received = current_ranks(blocks.shape[0]).exchange(blocks).permute(1, 2, 0, 3, 4, 5, 6)  # [B, G, R, S, 3, n, D]
     return received.flatten(2, 3)[:, :, :tokens].flatten(1, 2).contiguous()
 
 
@@ -74,6 +81,45 @@ exchange_to_heads = define_op("exchange_to_heads", _exchange_to_heads, fake=_fak
 From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order. One chunk that is shared out
 evenly comes out as it was received.
 """
+
+
+@fused_op(kernel=kernel_of("placement_launch", "launch_projected_exchange"))
+def projected_exchange(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+    ranks: int,
+    segments: int,
+    tokens: int,
+) -> torch.Tensor:
+    """Run `exchange_to_heads` on what the projections gave: norms and RoPE, written where they are sent from.
+
+    Args:
+        q: [B, G·S, N·D], before norm and RoPE.
+        k: [B, G·S, N·D], likewise.
+        v: [B, G·S, N·D].
+        q_weight: [N·D], of the queries' norm.
+        k_weight: [N·D], of the keys' norm.
+        cos: [G·S, D/2] fp32.
+        sin: [G·S, D/2] fp32.
+        heads: N.
+        eps: Of the norms.
+        ranks: R.
+        segments: G.
+        tokens: L of a segment, of which S are this rank's, padding included.
+
+    Returns:
+        [B, G·L, 3, N/R, D].
+    """
+    queries, keys = norm_rope(q, q_weight, cos, sin, heads, eps), norm_rope(k, k_weight, cos, sin, heads, eps)
+    whole: torch.Tensor = exchange_to_heads(queries, keys, split_heads(v, heads), ranks, segments, tokens)
+    return whole
 
 
 def _exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import fx
 from causal_forcing.build_engines.cuda.columns import hand_out_columns
 from causal_forcing.build_engines.cuda.constants import Constants, add_constant
 from causal_forcing.build_engines.cuda.fp8_fusion import fuse_quantize, split_fp8_linears
-from causal_forcing.plugins import dit_ops, fp8_attention_ops, linear_ops  # noqa: F401  # registers the ops
+from causal_forcing.plugins import dit_ops, fp8_attention_ops, linear_ops, token_ops  # noqa: F401  # registers ops
 
 aten = torch.ops.aten
 ours = torch.ops.causal_forcing
@@ -29,7 +29,9 @@ _PROJECTED = {
 
 def fuse(graph: fx.Graph, constants: Constants) -> None:
     """Apply all rewrites, in place."""
-    for rewrite in (split_fp8_linears, merge_linears, fuse_gelu, fuse_attention, fuse_norms, fuse_quantize):
+    products = (split_fp8_linears, merge_linears, fuse_gelu)
+    around = (fuse_attention, fuse_exchange, fuse_norms, fuse_quantize)
+    for rewrite in products + around:
         rewrite(graph, constants)
     graph.eliminate_dead_code()
     graph.lint()
@@ -68,27 +70,31 @@ def fuse_attention(graph: fx.Graph, constants: Constants) -> None:
         if node.target not in _PROJECTED:
             continue
         q, k, v, k_cache, v_cache, slots, valid_slots, scale, *codes = node.args
-        if q.target is not ours.norm_rope.default or k.target is not ours.norm_rope.default:
+        projected = _before_rope(q, k, v)
+        if projected is None:
             continue
-        q_source, q_weight, cos, sin, heads, eps = q.args
-        k_source, k_weight, *k_placement = k.args
-        values = _before_heads(v)
-        if values is None or k_placement != [cos, sin, heads, eps]:
-            continue
+        projections, heads, eps = projected
         batch, _, tokens, depth = node.meta["val"].shape
         with graph.inserting_before(node):
-            merged = graph.call_function(
-                _PROJECTED[node.target],
-                (
-                    *(q_source, k_source, values, q_weight, k_weight, cos, sin),
-                    *(k_cache, v_cache, slots, valid_slots, heads, eps, scale, *codes),
-                ),
-            )
+            places = (k_cache, v_cache, slots, valid_slots)
+            merged = graph.call_function(_PROJECTED[node.target], (*projections, *places, heads, eps, scale, *codes))
             split = graph.call_function(aten.view.default, (merged, [batch, tokens, heads, depth]))
             by_head = graph.call_function(aten.transpose.int, (split, 1, 2))
             by_head.meta = dict(node.meta)
         node.replace_all_uses_with(by_head)
         graph.erase_node(node)
+
+
+def fuse_exchange(graph: fx.Graph, constants: Constants) -> None:
+    """Norms and RoPE of queries and keys and what is sent to other ranks' heads become one op."""
+    for node in list(graph.nodes):
+        if node.target is not ours.exchange_to_heads.default:
+            continue
+        q, k, v, *split = node.args
+        projected = _before_rope(q, k, v)
+        if projected is not None:
+            projections, heads, eps = projected
+            _replace(graph, node, ours.projected_exchange.default, (*projections, heads, eps, *split))
 
 
 def fuse_norms(graph: fx.Graph, constants: Constants) -> None:
@@ -131,6 +137,19 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...])
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _before_rope(q: Any, k: Any, v: Any) -> tuple[tuple[Any, ...], int, float] | None:
+    """Return what q, k, v were made of, if by norm and RoPE: projections, norms' weights, cosines, sines; N; eps."""
+    values = _before_heads(v)
+    if values is None or q.target is not ours.norm_rope.default or k.target is not ours.norm_rope.default:
+        return None
+    q_source, q_weight, *placement = q.args
+    k_source, k_weight, *k_placement = k.args
+    if k_placement != placement:
+        return None
+    cos, sin, heads, eps = placement
+    return (q_source, k_source, values, q_weight, k_weight, cos, sin), heads, eps
 
 
 def _before_heads(values: Any) -> fx.Node | None:

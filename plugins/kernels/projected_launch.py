@@ -1,7 +1,7 @@
-"""Launch what lies around self-attention on a GPU: norms, RoPE and the cache write, then attention.
+"""Launch self-attention on a GPU: the write to the cache, in 16 bits or as codes, then attention.
 
-From the projections (`dit_ops.projected_attention`), or, where ranks exchange heads between, in its two halves
-(`norm_rope`, `segmented_attention`).
+From the projections (`dit_ops.projected_attention`), or, where ranks exchanged heads, from queries, keys and values
+that are normalised and rotated (`segmented_attention`).
 """
 
 from __future__ import annotations
@@ -18,25 +18,11 @@ from causal_forcing.plugins.kernels.hopper_launch import (
     count_programs,
     workspace_bytes,
 )
-from causal_forcing.plugins.kernels.projections import place_projections_kernel, place_values_kernel
+from causal_forcing.plugins.kernels.placement_launch import Norms, place_projections
+from causal_forcing.plugins.kernels.projections import place_values_kernel
 
 _VALUE_COLUMNS = 64
 """Columns of the values' cache that a program fills."""
-
-
-Norms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Weights of the queries' and keys' norm, cosines and sines."""
-
-
-def launch_norm_rope(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
-) -> torch.Tensor | None:
-    """Run `dit_ops.norm_rope`; None where the last axis is not dense."""
-    if x.stride(2) != 1:
-        return None
-    rotated = torch.empty((*x.shape[:2], heads, x.shape[2] // heads), dtype=x.dtype, device=x.device)
-    place_projections(x, x, x, (weight, weight, cos, sin), rotated, None, None, slots=None, eps=eps)
-    return rotated.transpose(1, 2)
 
 
 def launch_projected_attention(
@@ -201,56 +187,3 @@ def workspace(device: torch.device) -> torch.Tensor:
     """Return room for the attention kernels' partial sums: of a graph's own pool while one is captured."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.empty(workspace_bytes(count_programs(index)), dtype=torch.uint8, device=device)
-
-
-def place_projections(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    norms: Norms | None,
-    queries: torch.Tensor | None,
-    k_cache: torch.Tensor | None,
-    v_cache: torch.Tensor | None,
-    *,
-    slots: torch.Tensor | None,
-    eps: float,
-    codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> None:
-    """Launch `place_projections_kernel`.
-
-    Args:
-        q: [B, L, N·D], last axis dense; k and v likewise.
-        k: See q.
-        v: See q.
-        norms: Weights [N·D] of the queries' and keys' norm, cosines and sines [L, D/2] fp32; None where q and k have
-            been normalised and rotated.
-        queries: [B, L, N, D], contiguous; written. None leaves queries alone.
-        k_cache: [B, N, S, D], last axis dense; written. None leaves keys and values alone.
-        v_cache: [B, N, S, D], with the strides of k_cache; None leaves values alone.
-        slots: First slot of each frame; None puts token i into slot i.
-        eps: Of the norms.
-        codes: For e4m3 queries and keys: their scales [N] and the keys' offset [N, D], fp32.
-    """
-    batch, tokens, dim = q.shape
-    q_weight, k_weight, cos, sin = norms or (q, q, q, q)  # in the second case never read
-    q_scale, k_scale, k_offset = codes or (q, q, q)
-    written = [target is not None for target in (queries, k_cache, v_cache)]
-    first, count = written.index(True), sum(written)
-    cache = queries.transpose(1, 2) if k_cache is None and queries is not None else k_cache
-    assert cache is not None, "something is written"
-    heads, depth = cache.shape[1], cache.shape[3]
-    frames = 1 if slots is None else slots.shape[0]
-    place_projections_kernel[(tokens, count, batch)](
-        *(q, k, v, q_weight, k_weight, cos, sin, q if slots is None else slots),
-        *(cache if queries is None else queries, cache, cache if v_cache is None else v_cache),
-        *(q_scale, k_scale, k_offset, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-        *(tokens * dim, *cache.stride()[:3], tokens // frames, cache.shape[2], eps),
-        DIM=heads * depth,
-        BLOCK=triton.next_power_of_2(dim),
-        D=depth,
-        HAS_SLOTS=slots is not None,
-        FP8=codes is not None,
-        NORM=norms is not None,
-        FIRST=first,
-        num_warps=4,
-    )

@@ -46,16 +46,18 @@ def _codes(x, scale_ptr, columns, inside, D: tl.constexpr):
 def place_projections_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_scale_ptr, k_scale_ptr, k_offset_ptr,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, out_batch, cache_batch, cache_head, cache_row,
+    q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    out_batch, out_row, out_part, cache_batch, cache_part, cache_row,
     tokens_per_frame, cache_slots, eps,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HAS_SLOTS: tl.constexpr, FP8: tl.constexpr,
-    NORM: tl.constexpr, FIRST: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    FP8: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Run on a grid of (L, K, B) programs: of queries, keys and values, the FIRST-th kind and K - 1 that follow.
 
-    Queries go to [B, L, N, D], keys and values to [B, N, S, D] at `slots`, or at their own places without slots. What
-    lies outside of the cache is dropped. Without NORM rows are taken as they are. With FP8, queries and keys become
-    codes, keys less their offset first.
+    A row of DIM columns is written in parts of PART columns, each dense. Queries go to [B, L, parts, PART], keys and
+    values to [B, parts, S, PART] at `slots`, or at their own places without slots. What lies outside of the cache is
+    dropped. Without NORM rows are taken as they are. With FP8, queries and keys become codes, keys less their offset
+    first; a part is a head then.
     """
     token = tl.program_id(0)
     kind = tl.program_id(1) + FIRST
@@ -69,14 +71,14 @@ def place_projections_kernel(
         )  # fmt: skip
         if FP8:
             x = _codes(x, q_scale_ptr, columns, inside, D)
-        target = q_out_ptr + batch * out_batch + token.to(tl.int64) * DIM + columns
-        tl.store(target, x.to(q_out_ptr.dtype.element_ty), mask=inside)
+        target = batch * out_batch + token.to(tl.int64) * out_row + (columns // PART) * out_part + columns % PART
+        tl.store(q_out_ptr + target, x.to(q_out_ptr.dtype.element_ty), mask=inside)
     else:
         slot = token
         if HAS_SLOTS:
             slot = tl.load(slots_ptr + token // tokens_per_frame) + token % tokens_per_frame
         stored = columns < tl.where((slot >= 0) & (slot < cache_slots), DIM, 0)
-        place = batch * cache_batch + (columns // D) * cache_head + slot.to(tl.int64) * cache_row + columns % D
+        place = batch * cache_batch + (columns // PART) * cache_part + slot.to(tl.int64) * cache_row + columns % PART
         if kind == 1:
             x = _row(
                 k_ptr + batch * k_batch + token.to(tl.int64) * k_row, k_weight_ptr, cos_ptr, sin_ptr, token, eps,

@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from causal_forcing.plugins.kernels.norm_launch import run_add_norm, run_quantize
-from causal_forcing.plugins.kernels.projected_launch import place_projections
+from causal_forcing.plugins.kernels.placement_launch import place_projections
 
 
 def run(kind: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:

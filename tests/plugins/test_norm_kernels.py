@@ -158,7 +158,28 @@ HALVES = [
 ]
 """The two halves of what ranks exchange heads between: norms and RoPE alone, and the write to the caches alone."""
 
-CASES: list[Case] = [*ADD_NORMS, *QUANTISED, *QUANTIZES, *PLACES, *CHANCE, *HALVES]
+
+def blocks_case(dtype: torch.dtype, *, ranks: int, batch: int, tokens: int, heads: int, depth: int) -> Case:
+    """Make a call that writes what ranks are sent: a block each, with its heads' queries, keys and values."""
+    kind, given = place_case(
+        dtype, batch=batch, heads=heads, depth=depth, tokens_per_frame=tokens, slots=None, cache_slots=tokens
+    )
+    blocks = torch.full((ranks, batch, tokens, 3, heads // ranks * depth), torch.nan, dtype=dtype)
+    queries, keys, values = blocks.permute(3, 1, 2, 0, 4).unbind()
+    places = {"queries": queries, "k_cache": keys.transpose(1, 2), "v_cache": values.transpose(1, 2)}
+    return kind, {**given, **places, "head_dim": depth}
+
+
+BLOCKS = [
+    case
+    for dtype in DTYPES
+    for case in (
+        blocks_case(dtype, ranks=2, batch=1, tokens=5, heads=4, depth=32),
+        blocks_case(dtype, ranks=3, batch=2, tokens=3, heads=3, depth=80),
+    )
+]
+
+CASES: list[Case] = [*ADD_NORMS, *QUANTISED, *QUANTIZES, *PLACES, *CHANCE, *HALVES, *BLOCKS]
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +334,15 @@ def test_halves_of_the_placement_are_as_the_bodies(index: int, results: dict[int
     for name, cache in zip("kv", got, strict=True):
         want = given[f"{name}_cache"].index_copy(2, place, dit_ops.split_heads(given[name], heads))
         assert torch.equal(cache, want), "keys and values are copied to the last bit"
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_rows_go_into_the_blocks_of_the_ranks_that_have_their_heads(index: int, results: dict[int, Result]) -> None:
+    given, (queries, keys, values) = BLOCKS[index][1], results[id(BLOCKS[index])]
+    depth = given["head_dim"]
+    heads = given["q"].shape[2] // depth
+    *weights, cos, sin = given["norms"]
+    for name, weight, got in zip("qk", weights, (queries, keys.transpose(1, 2)), strict=True):
+        want = dit_ops.norm_rope(given[name].float(), weight.float(), cos, sin, heads, EPS)
+        assert_near(torch.unflatten(got.flatten(2), 2, (heads, depth)), want.double().transpose(1, 2))
+    assert torch.equal(values.transpose(1, 2).flatten(2), given["v"]), "values are copied to the last bit"

@@ -99,12 +99,13 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """Cut and write a variant's networks, once for each choice of arguments."""
 
     @functools.cache
-    def make(slug: str, precision: str, *, parts: tuple[str, ...], decoder: str = "wan") -> Recorded:
+    def make(slug: str, precision: str, *, parts: tuple[str, ...], decoder: str = "wan", ranks: int = 1) -> Recorded:
         options = EngineOptions(
             slug=slug, backend="torch", precision=precision, pixel_height=16, pixel_width=32, decoder=decoder
         )
         # No GPU is here, nor does the backend offer fp32: the config is another backend's under its name.
-        config = dataclasses.replace(resolve_engine(options, weights="random:0", device="cpu"), backend="cuda")
+        config = resolve_engine(options, weights="random:0", device="cpu")
+        config = dataclasses.replace(config, backend="cuda", context_parallel=ranks)
         source = RandomModels(model=config.variant.model, seed=0, dtype=getattr(torch, config.dtype))
         folder = tmp_path_factory.mktemp("tapes")
         tapes, networks, artefacts = TapeSet(folder), {}, {}

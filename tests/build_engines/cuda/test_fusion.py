@@ -14,6 +14,8 @@ from torch import nn
 from causal_forcing.build_engines.cuda.tape_set import TapeSet
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.plugins.dit_ops import gated_add, modulated_norm, norm_rope, segmented_attention, split_heads
+from causal_forcing.plugins.ranks import rehearse
+from causal_forcing.plugins.token_ops import exchange_to_heads
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.spec import IOTensor, NetworkSpec
@@ -294,3 +296,18 @@ def test_attention_to_values_that_no_projection_gave_is_left_alone(calls_of: Any
     values = {"v": (1, HEADS, TOKENS, DEPTH)}
     calls = calls_of(Of(forward, nq=Weight(), nk=Weight()), {**X, **values, **ROPE, **CACHES})
     assert (calls["projected_attention"], calls["segmented_attention"]) == (0, 1)
+
+
+def test_norms_rope_and_exchange_become_one(calls_of: Any) -> None:
+    def forward(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **layers: Any) -> torch.Tensor:
+        q, k, v = (layers[name](x) for name in "qkv")
+        queries = norm_rope(q, layers["nq"].weight, cos, sin, HEADS, EPS)
+        keys = norm_rope(k, layers["nk"].weight, cos, sin, HEADS, EPS)
+        whole: torch.Tensor = exchange_to_heads(queries, keys, split_heads(v, HEADS), 2, 1, 2 * TOKENS)
+        return whole
+
+    layers = {**{name: linear() for name in "qkv"}, "nq": Weight(), "nk": Weight()}
+    with rehearse(2):
+        calls = calls_of(Of(forward, **layers), {**X, **ROPE})
+    assert (calls["projected_exchange"], calls["linear"]) == (1, 1)
+    assert calls["exchange_to_heads"] == calls["norm_rope"] == 0

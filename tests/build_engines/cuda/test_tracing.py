@@ -144,6 +144,14 @@ def test_nothing_between_the_matrix_products_of_the_dit_is_left_by_itself(name: 
         assert calls[unfused] == 0, unfused
 
 
+def test_nothing_lies_between_what_ranks_exchange_and_the_matrix_products(record: Record) -> None:
+    calls = operators(record("tiny", "bf16", parts=("dit",), ranks=2).tape("dit_step"))
+    assert calls["projected_exchange"] == calls["segmented_attention"] == calls["exchange_to_tokens"] == LAYERS
+    assert calls["linear"] == 5 * LAYERS + 1
+    for unfused in ("norm_rope", "exchange_to_heads", "projected_attention", "clone", "contiguous"):
+        assert calls[unfused] == 0, unfused
+
+
 def test_context_pass_ends_with_the_last_layers_keys_and_values(record: Record) -> None:
     calls = operators(record("tiny", "bf16", parts=("dit",)).tape("dit_context"))
     assert calls["linear"] == 5 * (LAYERS - 1) + 1

@@ -1,0 +1,111 @@
+"""Launch what lies between projections and attention, or the exchange before it: norms, RoPE, and where rows go."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from causal_forcing.plugins.kernels.projections import place_projections_kernel
+
+Norms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Weights of the queries' and keys' norm, cosines and sines."""
+
+
+def launch_norm_rope(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
+) -> torch.Tensor | None:
+    """Run `dit_ops.norm_rope`; None where the last axis is not dense."""
+    if x.stride(2) != 1:
+        return None
+    rotated = torch.empty((*x.shape[:2], heads, x.shape[2] // heads), dtype=x.dtype, device=x.device)
+    place_projections(x, x, x, (weight, weight, cos, sin), rotated, None, None, slots=None, eps=eps)
+    return rotated.transpose(1, 2)
+
+
+def launch_projected_exchange(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+    ranks: int,
+    segments: int,
+    tokens: int,
+) -> torch.Tensor | None:
+    """Run `token_ops.projected_exchange`; None where the projections' last axis is not dense."""
+    if any(tensor.stride(2) != 1 for tensor in (q, k, v)):
+        return None
+    from causal_forcing.plugins.token_ops import exchange_blocks
+
+    batch, shares, dim = q.shape
+    # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
+    blocks = q.new_empty(ranks, batch, shares, 3, dim // ranks)
+    queries, keys, values = blocks.permute(3, 1, 2, 0, 4).unbind()  # each [B, G·S, R, n·D]
+    norms = (q_weight, k_weight, cos, sin)
+    caches = (keys.transpose(1, 2), values.transpose(1, 2))
+    place_projections(q, k, v, norms, queries, *caches, slots=None, eps=eps, head_dim=dim // heads)
+    split = blocks.view(ranks, batch, segments, shares // segments, 3, heads // ranks, dim // heads)
+    return exchange_blocks(split, tokens)
+
+
+def place_projections(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    norms: Norms | None,
+    queries: torch.Tensor | None,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    *,
+    slots: torch.Tensor | None,
+    eps: float,
+    codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    head_dim: int | None = None,
+) -> None:
+    """Launch `place_projections_kernel`.
+
+    What is written has a token's columns in heads, or in parts of several heads each, N·D columns in all.
+
+    Args:
+        q: [B, L, N·D], last axis dense; k and v likewise.
+        k: See q.
+        v: See q.
+        norms: Weights [N·D] of the queries' and keys' norm, cosines and sines [L, D/2] fp32; None where q and k have
+            been normalised and rotated.
+        queries: [B, L, N, D], last axis dense; written. None leaves queries alone.
+        k_cache: [B, N, S, D], last axis dense; written. None leaves keys and values alone.
+        v_cache: [B, N, S, D], with the strides of k_cache; None leaves values alone.
+        slots: First slot of each frame; None puts token i into slot i.
+        eps: Of the norms.
+        codes: For e4m3 queries and keys: their scales [N] and the keys' offset [N, D], fp32.
+        head_dim: D, where what is written has parts of several heads.
+    """
+    batch, tokens, dim = q.shape
+    q_weight, k_weight, cos, sin = norms or (q, q, q, q)  # in the second case never read
+    q_scale, k_scale, k_offset = codes or (q, q, q)
+    written = [target is not None for target in (queries, k_cache, v_cache)]
+    first, count = written.index(True), sum(written)
+    cache = queries.transpose(1, 2) if k_cache is None and queries is not None else k_cache
+    assert cache is not None, "something is written"
+    parts, width = cache.shape[1], cache.shape[3]
+    frames = 1 if slots is None else slots.shape[0]
+    queries_strides = (0, 0, 0) if queries is None else queries.stride()[:3]
+    place_projections_kernel[(tokens, count, batch)](
+        *(q, k, v, q_weight, k_weight, cos, sin, q if slots is None else slots),
+        *(cache if queries is None else queries, cache, cache if v_cache is None else v_cache),
+        *(q_scale, k_scale, k_offset, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(*queries_strides, *cache.stride()[:3], tokens // frames, cache.shape[2], eps),
+        DIM=parts * width,
+        BLOCK=triton.next_power_of_2(dim),
+        D=head_dim or width,
+        PART=width,
+        HAS_SLOTS=slots is not None,
+        FP8=codes is not None,
+        NORM=norms is not None,
+        FIRST=first,
+        num_warps=4,
+    )
