@@ -1,11 +1,13 @@
 """Build or load an engine of the `cuda` backend, with random weights, in a process of its own.
 
-`cuda_engine_process.py build tiny|wide CHUNK_FRAMES ROOT` prints the engine directory; `… load FOLDER` makes a clip.
+`cuda_engine_process.py build tiny|wide CHUNK_FRAMES ROOT` prints the engine directory; `… load FOLDER` makes a clip and
+prints its hash.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -47,17 +49,21 @@ def build_engine(model: str, chunk_frames: int, root: Path) -> Path:
     return folder
 
 
-def make_clip(folder: Path) -> None:
-    """Load an engine and generate a clip from no prompt at all."""
+def make_clip(folder: Path) -> str:
+    """Load an engine and generate a clip from no prompt at all; returns the hash of its bits."""
+    digest = hashlib.sha256()
     engines = load_engines(folder, device="cuda")
     dit = engines.manifest.config.variant.model.dit
     with VideoSession(engines) as session:
         for chunk in session.generate(torch.zeros(1, dit.text_len, dit.text_dim), total_blocks=4):
             assert chunk.latents.isfinite().all()
+            for tensor in (chunk.latents, chunk.pixels):
+                digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "build":
         print(build_engine(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))
     else:
-        make_clip(Path(sys.argv[2]))
+        print(make_clip(Path(sys.argv[2])))

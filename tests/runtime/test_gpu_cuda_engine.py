@@ -343,14 +343,18 @@ def test_loading_compiles_nothing_where_the_engine_was_built_nor_where_it_was_mo
     running = {
         where: subprocess.Popen(
             [sys.executable, str(PROCESS), "load", str(folder)],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / f"elsewhere-{where}")},
         )
         for where, folder in folders.items()
     }
+    hashes = set()
     for where, process in running.items():
-        _, err = process.communicate()
+        out, err = process.communicate()
         assert process.returncode == 0, err
+        hashes.add(out)
         assert listing(folders[where] / KERNELS_FOLDER) == before[where], where
         assert not listing(tmp_path / f"elsewhere-{where}"), "kernels of elsewhere"
+    assert len(hashes) == 1, "every process makes the same bits"
