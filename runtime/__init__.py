@@ -38,13 +38,13 @@ if TYPE_CHECKING:
         UsageError,
         WeightsMissingError,
     )
+    from causal_forcing.runtime.frame_sink import FrameSink, open_sink
     from causal_forcing.runtime.image import ImageFit, load_image
     from causal_forcing.runtime.loading import EngineSet, load_engines
     from causal_forcing.runtime.noise import GivenNoise, NoiseSource, SeededNoise
     from causal_forcing.runtime.prompt_cache import PromptCache, PromptNotKept
     from causal_forcing.runtime.record import ClipRecord
     from causal_forcing.runtime.session import Chunk, PromptTruncated, VideoSession
-    from causal_forcing.runtime.video import FrameSink, open_sink
 
 __all__ = [
     "BackendUnavailableError",
@@ -90,13 +90,13 @@ __all__ = [
 _HOMES = {
     "clip": ("ClipRequest", "find_or_build", "make_clip"),
     "config": ("EngineOptions", "GenerateConfig"),
+    "frame_sink": ("FrameSink", "open_sink"),
     "image": ("ImageFit", "load_image"),
     "loading": ("EngineSet", "load_engines"),
     "noise": ("GivenNoise", "NoiseSource", "SeededNoise"),
     "prompt_cache": ("PromptCache", "PromptNotKept"),
     "record": ("ClipRecord",),
     "session": ("Chunk", "PromptTruncated", "VideoSession"),
-    "video": ("FrameSink", "open_sink"),
 }
 """Module to the public names that it holds; `errors` holds all others."""
 

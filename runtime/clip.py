@@ -37,13 +37,13 @@ from causal_forcing.runtime.errors import (
     UnknownNameError,
     UsageError,
 )
+from causal_forcing.runtime.frame_output import check_writable
 from causal_forcing.runtime.image import ImageFit, load_image
 from causal_forcing.runtime.launch import environment_without_ranks
 from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.rank_process import decisive
 from causal_forcing.runtime.record import ClipRecord, check_record_path
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, weights_identity
-from causal_forcing.runtime.video import check_writable
 
 if TYPE_CHECKING:
     import numpy as np

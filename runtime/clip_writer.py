@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Self
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.errors import CausalForcingError, OutputError
+from causal_forcing.runtime.frame_sink import FrameSink, open_sink
 from causal_forcing.runtime.interruption import held_back
 from causal_forcing.runtime.record import ClipRecord, FrameHash, record_path
-from causal_forcing.runtime.video import FrameSink, open_sink
 
 if TYPE_CHECKING:
     import numpy as np

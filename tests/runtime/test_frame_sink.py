@@ -1,4 +1,4 @@
-"""Frame sinks: what reaches the disk, when, and what is said when it cannot."""
+"""Frame sinks: what reaches the disk, when, and what is said when it is full."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from causal_forcing.runtime import video
-from causal_forcing.runtime.errors import OutputError, UsageError
-from causal_forcing.runtime.video import Mp4Sink, PngSink, check_writable, open_sink
+from causal_forcing.runtime import mp4_sink
+from causal_forcing.runtime.errors import OutputError
+from causal_forcing.runtime.frame_sink import open_sink
+from causal_forcing.runtime.mp4_sink import Mp4Sink
+from causal_forcing.runtime.png_sink import PngSink
 
 
 def noise(count: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -61,16 +63,16 @@ def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     name: str = request.param
     if name not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {name}")
-    monkeypatch.setattr(video, "_find_codec", lambda: name)
+    monkeypatch.setattr(mp4_sink, "_find_codec", lambda: name)
     return name
 
 
 @pytest.fixture(params=["finished at close", "fragmented for good"])
 def is_hybrid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     hybrid: bool = request.param == "finished at close"
-    if hybrid and not video._can_finish_fragments():
+    if hybrid and not mp4_sink._can_finish_fragments():
         pytest.skip("this FFmpeg has no hybrid_fragmented")
-    monkeypatch.setattr(video, "_can_finish_fragments", lambda: hybrid)
+    monkeypatch.setattr(mp4_sink, "_can_finish_fragments", lambda: hybrid)
     return hybrid
 
 
@@ -111,11 +113,11 @@ def test_mp4_killed_while_recording_keeps_all_but_the_last_frame(
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from causal_forcing.runtime import video
+        from causal_forcing.runtime import mp4_sink
         path, codec, is_hybrid, written = sys.argv[1:]
-        video._find_codec = lambda: codec
-        video._can_finish_fragments = lambda: is_hybrid == "True"
-        sink = video.Mp4Sink(Path(path))
+        mp4_sink._find_codec = lambda: codec
+        mp4_sink._can_finish_fragments = lambda: is_hybrid == "True"
+        sink = mp4_sink.Mp4Sink(Path(path))
         sink.write(np.random.default_rng(0).integers(0, 256, (int(written), 96, 160, 3), dtype=np.uint8))
         os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -163,7 +165,7 @@ def test_mp4_disk_full_while_writing_says_how_many_frames_are_safe(tmp_path: Pat
 
 
 def test_mp4_disk_full_at_close_keeps_a_playable_file(tmp_path: Path) -> None:
-    if not video._can_finish_fragments():
+    if not mp4_sink._can_finish_fragments():
         pytest.skip("older FFmpeg ignores errors while it finishes a fragmented file")
     reference, path = tmp_path / "reference.mp4", tmp_path / "clip.mp4"
     with Mp4Sink(reference) as sink:
@@ -184,6 +186,11 @@ def test_mp4_full_device_reports_no_space(tmp_path: Path) -> None:
         Mp4Sink(path) as sink,
     ):
         sink.write(noise(3))
+
+
+def test_mp4_too_long_name_is_one_line(tmp_path: Path) -> None:
+    with Mp4Sink(tmp_path / ("x" * 300 + ".mp4")) as sink, pytest.raises(OutputError, match="File name too long"):
+        sink.write(noise(1))
 
 
 def test_mp4_without_libx264_falls_back_to_mpeg4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,64 +243,3 @@ def test_png_folder_with_frames_of_another_clip_is_refused(tmp_path: Path) -> No
 def test_open_sink_by_name_chooses_the_kind(tmp_path: Path, name: str, kind: type) -> None:
     (tmp_path / "old.d").mkdir()
     assert isinstance(open_sink(f"{tmp_path}/{name}", fps=16), kind)
-
-
-@pytest.mark.parametrize("choose", [lambda path: open_sink(path, fps=16), check_writable])
-def test_output_of_unknown_suffix_lists_what_is_accepted(tmp_path: Path, choose: object) -> None:
-    assert callable(choose)
-    with pytest.raises(
-        UsageError, match=r"cannot write \.avi files: got .*clip\.avi, expected NAME\.mp4 .* or a folder"
-    ):
-        choose(tmp_path / "clip.avi")
-
-
-def test_check_writable_missing_parent_says_mkdir(tmp_path: Path) -> None:
-    for name in ("clip.mp4", "frames"):
-        with pytest.raises(OutputError, match=rf"{name}: its folder is missing: mkdir -p '.*/a b/c'$"):
-            check_writable(tmp_path / "a b" / "c" / name)
-
-
-def test_check_writable_folder_named_mp4_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "clip.mp4").mkdir()
-    with pytest.raises(OutputError, match="it is a folder; name a file"):
-        check_writable(tmp_path / "clip.mp4")
-
-
-def test_check_writable_file_as_parent_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file, expected a folder"):
-        check_writable(tmp_path / "file" / "clip.mp4")
-
-
-def test_check_writable_too_long_name_is_one_line(tmp_path: Path) -> None:
-    with Mp4Sink(tmp_path / ("x" * 300 + ".mp4")) as sink, pytest.raises(OutputError, match="File name too long"):
-        sink.write(noise(1))
-
-
-def test_check_writable_good_output_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "clip.mp4").write_bytes(b"precious")
-    for name in ("clip.mp4", "new.mp4", "frames"):
-        check_writable(tmp_path / name)
-    assert os.listdir(tmp_path) == ["clip.mp4"]
-    assert (tmp_path / "clip.mp4").read_bytes() == b"precious"
-
-
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
-def test_check_writable_refused_open_names_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    (tmp_path / "clip.mp4").touch()
-
-    def refuse(*_: object) -> int:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(OutputError, match=rf"{os.strerror(code)}; name an output"):
-        check_writable(tmp_path / "clip.mp4")
-
-
-def test_check_writable_unwritable_parent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    for name in ("clip.mp4", "frames"):
-        with pytest.raises(OutputError, match="Permission denied; name an output that you may write"):
-            check_writable(tmp_path / name)
