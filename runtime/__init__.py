@@ -16,8 +16,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from causal_forcing.runtime.clip import ClipRequest, find_or_build, make_clip
+    from causal_forcing.runtime.clip import make_clip
+    from causal_forcing.runtime.clip_request import ClipRequest
     from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+    from causal_forcing.runtime.engine_lookup import find_or_build
     from causal_forcing.runtime.errors import (
         BackendUnavailableError,
         BuildLockedError,
@@ -88,8 +90,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "clip": ("ClipRequest", "find_or_build", "make_clip"),
+    "clip": ("make_clip",),
+    "clip_request": ("ClipRequest",),
     "config": ("EngineOptions", "GenerateConfig"),
+    "engine_lookup": ("find_or_build",),
     "frame_sink": ("FrameSink", "open_sink"),
     "image": ("ImageFit", "load_image"),
     "loading": ("EngineSet", "load_engines"),

@@ -20,7 +20,7 @@ from causal_forcing.runtime.errors import RanksEndedError, UsageError
 from causal_forcing.runtime.interruption import STOP_SIGNALS
 
 if TYPE_CHECKING:
-    from causal_forcing.runtime.clip import ClipRequest
+    from causal_forcing.runtime.clip_request import ClipRequest
 
 
 def run_as_launched(program: Callable[[], object]) -> object:

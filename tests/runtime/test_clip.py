@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from causal_forcing.runtime.clip import ClipRequest, find_or_build, make_clip, recorded_engine
+from causal_forcing.runtime.clip import make_clip
+from causal_forcing.runtime.clip_request import ClipRequest
 from causal_forcing.runtime.clip_writer import ClipWriter
 from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+from causal_forcing.runtime.engine_lookup import find_or_build, recorded_engine
 from causal_forcing.runtime.errors import CausalForcingError, EngineDamagedError, OutputError
 from causal_forcing.runtime.interruption import held_back, stoppable
 from causal_forcing.runtime.record import ClipRecord, read_record
@@ -98,7 +100,7 @@ def test_clip_of_a_damaged_engine_in_the_cache_builds_it_again_and_goes_on(
         return tiny_engine
 
     monkeypatch.setattr("causal_forcing.runtime.clip.find_or_build", lambda options, device: damaged)
-    monkeypatch.setattr("causal_forcing.runtime.clip._build", build)
+    monkeypatch.setattr("causal_forcing.runtime.clip.build_engine", build)
     asked = dataclasses.replace(request_for(tmp_path / "a.mp4", total_blocks=1), prompt_cache=False)
     assert make_clip(asked).engine == str(tiny_engine)
     assert built == [OPTIONS]
@@ -119,7 +121,7 @@ def test_build_that_fails_passes_its_exit_code_on(
     def instead(command: list[str], **settings: Any) -> Any:
         return popen([command[0], "-c", body], **settings)
 
-    monkeypatch.setattr("causal_forcing.runtime.clip.subprocess.Popen", instead)
+    monkeypatch.setattr("causal_forcing.runtime.engine_lookup.subprocess.Popen", instead)
     with pytest.raises(CausalForcingError) as caught:
         find_or_build(options, "cpu")
     assert (caught.value.exit_code, caught.value.said) == (exit_code, is_said)
