@@ -165,18 +165,17 @@ def _write_clip(
     with writer, progress, contextlib.nullcontext() if group is None else group.together():
         for chunk in chunks:
             frames = chunk.frames()
-            if chunk.index == 0:
-                record.timing["process_to_first_frame_s"] = _rounded(process_age_s())
-            writer.add(chunk.index, frames)
             progress.advance(len(frames))
-            if chunk.index <= 1:  # by then everything that a clip needs is allocated
-                memory.look()
-            record.memory = memory.peaks()
-            record.timing |= {
+            timing = {
                 "first_frame_s": _rounded(progress.first_frame_s),
                 "steady_fps": _rounded(progress.fps),
                 "generate_s": _rounded(time.perf_counter() - started_s),
             }
+            if chunk.index == 0:
+                timing["process_to_first_frame_s"] = _rounded(process_age_s())
+            if chunk.index <= 1:  # by then everything that a clip needs is allocated
+                memory.look()
+            writer.add(chunk.index, frames, timing=timing, memory=memory.peaks())
             if chunk.index + 1 == total_blocks:
                 break  # asking for one more would run the last chunk's context pass, which nothing needs
 

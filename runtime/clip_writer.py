@@ -1,4 +1,8 @@
-"""A clip on disk while it grows: frames, their hash and the record, kept in step chunk by chunk."""
+"""A clip on disk while it grows: frames, their hash and the record, kept in step chunk by chunk.
+
+They are written in a thread, so that the next chunk is made meanwhile. Signals are for the main thread: a stop there
+waits for what was handed over.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import contextlib
 import itertools
 import os
 import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -39,15 +45,42 @@ class ClipWriter:
         self._hash = FrameHash()
         self._sink: FrameSink | None = None
         self._writing = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="clip-writer")
+        self._handed_over: Future[None] | None = None
 
-    def add(self, index: int, frames: npt.NDArray[np.uint8]) -> None:
-        """Write the frames [T, H, W, 3] of a chunk, then the record; a stop waits until both are written.
+    def add(
+        self,
+        index: int,
+        frames: npt.NDArray[np.uint8],
+        *,
+        timing: Mapping[str, float | None] | None = None,
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Hand over a chunk to be written, with the record; waits until the one before is.
+
+        Args:
+            index: Position of the chunk in the clip.
+            frames: [T, H, W, 3]; left alone from here on.
+            timing: What the record is to say of the time so far.
+            memory: Likewise, of memory.
 
         Raises:
-            OutputError: One of them cannot be written.
+            OutputError: The chunk before, or its record, could not be written.
         """
+        if self._handed_over is not None:
+            self._handed_over.result()
+        with held_back():
+            self._handed_over = self._thread.submit(self._write, index, frames, timing or {}, memory or {})
+
+    def _write(
+        self,
+        index: int,
+        frames: npt.NDArray[np.uint8],
+        timing: Mapping[str, float | None],
+        memory: Mapping[str, int],
+    ) -> None:
         record = self._record
-        with held_back(), self._writing:
+        with self._writing:
             if self._sink is None:
                 record.output = record.output or _claim_name(self._output_dir, self._slug)
                 self._sink = open_sink(record.output, fps=record.fps)
@@ -55,6 +88,8 @@ class ClipWriter:
             self._hash.update(frames)
             record.blocks, record.frames = index + 1, self._sink.frames_written
             record.frames_sha256 = self._hash.hexdigest()
+            record.timing |= timing
+            record.memory |= memory
             record.write(record_path(record.output))
 
     def abandon(self, status: str, *, timeout_s: float = 1.0) -> None:
@@ -83,18 +118,24 @@ class ClipWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         record = self._record
-        with held_back(), self._writing:
-            record.status = "complete" if error is None else "failed"
-            if isinstance(error, KeyboardInterrupt):
-                record.status = "interrupted"
-            try:
-                if self._sink is not None:
-                    self._sink.close()
-            except CausalForcingError:
-                record.status = "failed"
-                raise
-            finally:
-                self._finish_record(error)
+        with held_back():
+            self._thread.shutdown()  # once everything is written
+            unwritten = None if self._handed_over is None else self._handed_over.exception()
+            error = error or unwritten
+            with self._writing:
+                record.status = "complete" if error is None else "failed"
+                if isinstance(error, KeyboardInterrupt):
+                    record.status = "interrupted"
+                try:
+                    if self._sink is not None:
+                        self._sink.close()
+                except CausalForcingError:
+                    record.status = "failed"
+                    raise
+                finally:
+                    self._finish_record(error)
+            if unwritten is not None and error is unwritten and kind is None:
+                raise unwritten
 
     def _finish_record(self, error: BaseException | None) -> None:
         record = self._record

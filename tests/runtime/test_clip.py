@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from causal_forcing.runtime.config import EngineOptions, GenerateConfig
 from causal_forcing.runtime.engine_lookup import find_or_build, recorded_engine
 from causal_forcing.runtime.errors import CausalForcingError, EngineDamagedError, OutputError
 from causal_forcing.runtime.interruption import held_back, stoppable
+from causal_forcing.runtime.mp4_sink import Mp4Sink
 from causal_forcing.runtime.record import ClipRecord, read_record
 
 OPTIONS = EngineOptions(slug="tiny", pixel_height=32, pixel_width=48)
@@ -131,13 +133,23 @@ def test_build_that_fails_passes_its_exit_code_on(
 # --- the writer -----------------------------------------------------------------------------------------------------
 
 
+def record_of(path: Path, blocks: int) -> ClipRecord:
+    """Return a record once it knows of so many chunks: they are written while others are made."""
+    deadline_s = time.monotonic() + 30
+    while not path.exists() or read_record(path).blocks < blocks:
+        assert time.monotonic() < deadline_s, "nothing is written"
+        time.sleep(0.01)
+    return read_record(path)
+
+
 def test_writer_after_every_chunk_the_record_on_disk_is_true(tmp_path: Path) -> None:
     with ClipWriter(new_record(tmp_path / "a.mp4"), output_dir=tmp_path, slug="tiny") as writer:
         assert not list(tmp_path.iterdir())
         hashes = set()
         for index in range(3):
-            writer.add(index, frames_of(50 * index))
-            on_disk = read_record(tmp_path / "a.json")
+            writer.add(index, frames_of(50 * index), timing={"generate_s": float(index)}, memory={"host": index})
+            on_disk = record_of(tmp_path / "a.json", index + 1)
+            assert (on_disk.timing, on_disk.memory) == ({"generate_s": index}, {"host": index})
             assert (on_disk.status, on_disk.blocks, on_disk.frames) == ("running", index + 1, 3 * index + 3)
             hashes.add(on_disk.frames_sha256)
         assert len(hashes) == 3
@@ -171,6 +183,7 @@ def test_writer_whose_record_cannot_be_written_still_tells_the_first_error(tmp_p
         ClipWriter(new_record(tmp_path / "a.mp4"), output_dir=tmp_path, slug="tiny") as writer,
     ):
         writer.add(0, frames_of(0))
+        record_of(tmp_path / "a.json", 1)
         (tmp_path / "a.json").unlink()
         (tmp_path / "a.json").mkdir()
         raise ValueError("first")
@@ -190,9 +203,44 @@ def test_writer_stopped_inside_a_chunk_finishes_the_chunk(tmp_path: Path, monkey
         ClipWriter(new_record(tmp_path / "a.mp4"), output_dir=tmp_path, slug="tiny") as writer,
     ):
         writer.add(0, frames_of(0))
+        time.sleep(30)  # the stop comes while the main thread is at something else
         pytest.fail("the stop came too late")
     record = read_record(tmp_path / "a.json")
     assert (record.status, record.blocks, record.frames) == ("interrupted", 1, 3)
+
+
+def test_writer_takes_the_next_chunk_once_the_one_before_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, events, write = threading.Event(), list[str](), ClipRecord.write
+
+    def write_when_allowed(self: ClipRecord, path: Path) -> None:
+        assert may_write.wait(30)
+        events.append(f"wrote {self.blocks}")
+        write(self, path)
+
+    monkeypatch.setattr(ClipRecord, "write", write_when_allowed)
+    with ClipWriter(new_record(tmp_path / "a.mp4"), output_dir=tmp_path, slug="tiny") as writer:
+        writer.add(0, frames_of(0))
+        events.append("another is made")
+        may_write.set()
+        writer.add(1, frames_of(1))
+        assert events[:2] == ["another is made", "wrote 1"]
+    assert events[2:] == ["wrote 2", "wrote 2"]
+
+
+def test_writer_that_fails_says_so_when_the_next_chunk_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OutputError("no space")
+
+    monkeypatch.setattr(Mp4Sink, "write", fail)
+    with (
+        pytest.raises(OutputError, match="no space"),
+        ClipWriter(new_record(tmp_path / "a.mp4"), output_dir=tmp_path, slug="tiny") as writer,
+    ):
+        writer.add(0, frames_of(0))
+        writer.add(1, frames_of(1))
+        pytest.fail("the error was lost")
 
 
 def test_writer_free_names_are_taken_once_by_clips_and_records(tmp_path: Path) -> None:
