@@ -22,7 +22,7 @@ from benchmarks.statistics import significant
 from benchmarks.timing import time_calls
 from causal_forcing.runtime.backends import choose_device
 from causal_forcing.runtime.config import DTYPES
-from causal_forcing.runtime.spec import find_variant
+from causal_forcing.runtime.variant import find_variant
 
 QUERIES_FRAMES = (1, 2, 3, 6)
 """Latent frames of queries: a framewise and a chunkwise pass, and two passes in one."""

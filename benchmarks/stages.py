@@ -24,8 +24,8 @@ from benchmarks.subject import add_engine_arguments, engine_folder, peer_job
 from benchmarks.timing import time_calls
 from benchmarks.work import Work, count_work, find_rates
 from causal_forcing.runtime.engine import Engine, IOTensors
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet, load_engines
-from causal_forcing.runtime.spec import Geometry
 
 
 def main() -> None:

@@ -25,10 +25,11 @@ from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
 from causal_forcing.build_engines.vae_networks import decoder_networks, encoder_networks, taehv_networks
 from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import TOKENIZER_FOLDER
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, stamp_files
 from causal_forcing.runtime.schedule import plan_variant
-from causal_forcing.runtime.spec import Geometry, Variant
+from causal_forcing.runtime.variant import Variant
 
 ALL_PARTS = ("dit", "vae", "text_encoder")
 """Models that an engine's networks are cut from."""

@@ -19,7 +19,7 @@ from causal_forcing.runtime.config import EngineOptions, cache_folder, package_v
 from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
 from causal_forcing.runtime.resolution import default_root, resolve_engine, weights_identity
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 if TYPE_CHECKING:
     from causal_forcing.build_engines.builder import BuildJob

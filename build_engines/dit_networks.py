@@ -15,7 +15,9 @@ from causal_forcing.build_engines.models.dit import (
 from causal_forcing.build_engines.networks import Network, latent_tensor
 from causal_forcing.build_engines.quantization.head_scales import CodeCacheAttention
 from causal_forcing.plugins.fp8_attention_ops import SLOT_GROUP
-from causal_forcing.runtime.spec import DiTSpec, Geometry, IOTensor, NetworkSpec
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import DiTSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 
 def dit_networks(

@@ -25,8 +25,9 @@ from causal_forcing.build_engines.models.vae import WanVAE
 from causal_forcing.build_engines.random_weights import randomise
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.errors import CheckpointError
-from causal_forcing.runtime.spec import ModelSpec, Variant
+from causal_forcing.runtime.model_spec import ModelSpec
 from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.variant import Variant
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from causal_forcing.runtime.spec import DiTSpec, Geometry, IOTensor, NetworkSpec, TAEHVSpec, VAESpec
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import DiTSpec, TAEHVSpec, VAESpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,9 @@ from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import read_manifest
+from causal_forcing.runtime.model_spec import SHAPES
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import SHAPES, VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 DEFAULT_PROMPTS = 48
 """Held-out prompts that are compared where nobody says how many."""

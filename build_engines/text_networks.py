@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from causal_forcing.build_engines.model_loading import ModelSource
 from causal_forcing.build_engines.models.text_encoder import split_stages
 from causal_forcing.build_engines.networks import Network
-from causal_forcing.runtime.spec import DiTSpec, Geometry, IOTensor, NetworkSpec, TextSpec
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import DiTSpec, TextSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 TEXT_NETWORK_PARAMETERS = 1_600_000_000
 """Most parameters of a network of the text encoder: a little more than the DiT has, so that what compiles one compiles

@@ -19,15 +19,9 @@ from causal_forcing.build_engines.models.vae import (
     encoder_cache_shapes,
 )
 from causal_forcing.build_engines.networks import Network, latent_tensor
-from causal_forcing.runtime.spec import (
-    FRAMES_PER_LATENT,
-    Geometry,
-    IOTensor,
-    NetworkSpec,
-    TAEHVSpec,
-    VAESpec,
-    frame_count,
-)
+from causal_forcing.runtime.geometry import FRAMES_PER_LATENT, Geometry, frame_count
+from causal_forcing.runtime.model_spec import TAEHVSpec, VAESpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 
 def decoder_networks(vae: WanVAE, geometry: Geometry, *, precision: str, ranks: int = 1) -> list[Network]:

@@ -33,10 +33,12 @@ from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.backends import BACKENDS, choose_device
 from causal_forcing.runtime.engine import Engine, IOTensors
 from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import engine_device, load_engine
 from causal_forcing.runtime.manifest import check_files, read_manifest
+from causal_forcing.runtime.model_spec import ModelSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.rope import RopePhases
-from causal_forcing.runtime.spec import Geometry, ModelSpec, NetworkSpec
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "fp8": 0.15}
 """Largest error allowed, relative to the output's largest magnitude. fp32: sums in another order, through 30 layers.

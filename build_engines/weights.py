@@ -18,7 +18,7 @@ from causal_forcing.runtime.config import (
     WAN_REVISION,
 )
 from causal_forcing.runtime.errors import WeightsMissingError
-from causal_forcing.runtime.spec import Variant
+from causal_forcing.runtime.variant import Variant
 
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"

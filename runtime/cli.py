@@ -30,8 +30,8 @@ from causal_forcing.runtime.launch import run_ranks
 from causal_forcing.runtime.manifest import read_manifest
 from causal_forcing.runtime.rank_process import check_rank_device, left_at_once, run_as_launched
 from causal_forcing.runtime.record import ClipRecord, read_record, record_path, recorded_options
-from causal_forcing.runtime.spec import VARIANTS
 from causal_forcing.runtime.text import read_prompt
+from causal_forcing.runtime.variant import VARIANTS
 
 # Nothing imported here imports torch: `--help`, `--list` and every refusal must be instant.
 

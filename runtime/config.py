@@ -17,7 +17,8 @@ from typing import Any
 
 from causal_forcing import plugins
 from causal_forcing.runtime.errors import UnknownNameError, UsageError
-from causal_forcing.runtime.spec import Geometry, Variant, find_variant
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.variant import Variant, find_variant
 
 SCHEMA_VERSION = 2
 """Version of the engine directory's layout and of `manifest.json`."""

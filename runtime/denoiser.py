@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.kv_cache import CacheRing
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.noise import NoiseSource
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import DenoisingStep, add_noise_, flow_to_x0_, plan_variant, timestep_embedding
-from causal_forcing.runtime.spec import Geometry
 from causal_forcing.runtime.upload import host_buffer, upload
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from causal_forcing.runtime.engine import Engine
-from causal_forcing.runtime.spec import FRAMES_PER_LATENT
+from causal_forcing.runtime.geometry import FRAMES_PER_LATENT
 
 
 class WanEncoder:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 
 class Engine(Protocol):

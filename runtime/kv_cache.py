@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from causal_forcing.runtime.spec import Geometry
+from causal_forcing.runtime.geometry import Geometry
 
 
 class CacheRing:

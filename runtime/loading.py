@@ -14,7 +14,7 @@ from causal_forcing.runtime.config import TEXT_ENCODER_USES
 from causal_forcing.runtime.engine import Engine, IOTensors
 from causal_forcing.runtime.errors import UnknownNameError
 from causal_forcing.runtime.manifest import Manifest, check_files, read_manifest
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.text_encoder import TEXT_ENCODER, TextEncoder
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -24,17 +24,10 @@ from causal_forcing.runtime.config import (
     package_version,
 )
 from causal_forcing.runtime.errors import EngineDamagedError, EngineMismatchError, EngineNotFoundError, UsageError
-from causal_forcing.runtime.spec import (
-    DiTSpec,
-    Geometry,
-    IOTensor,
-    ModelSpec,
-    NetworkSpec,
-    TAEHVSpec,
-    TextSpec,
-    VAESpec,
-    Variant,
-)
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import DiTSpec, ModelSpec, TAEHVSpec, TextSpec, VAESpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.variant import Variant
 
 MANIFEST_NAME = "manifest.json"
 

@@ -21,8 +21,8 @@ from causal_forcing.runtime.config import (
     package_version,
 )
 from causal_forcing.runtime.errors import CheckpointError, EngineMismatchError, UsageError, WeightsMissingError
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest, file_sha256
-from causal_forcing.runtime.spec import Geometry
 
 
 def default_root() -> Path:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from causal_forcing.runtime.spec import Variant
+from causal_forcing.runtime.variant import Variant
 
 TRAIN_TIMESTEPS = 1000
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from causal_forcing.runtime.engine import Engine
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 TEXT_ENCODER = "text_encoder"
 """What the names of its networks begin with: it is one, or several that hand on hidden states in their order."""

@@ -15,7 +15,7 @@ import pytest
 
 from causal_forcing.build_engines.cli import main
 from causal_forcing.runtime.cli import main as generate
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SIZE = ("--pixel-height", "32", "--pixel-width", "48")

@@ -117,7 +117,7 @@ def test_wheel_makes_a_clip_away_from_the_checkout(
 def test_wheel_finds_the_included_weights_away_from_the_checkout(away: Path, tmp_path: Path) -> None:
     program = """
 from causal_forcing.build_engines.weights import resolve_weights
-from causal_forcing.runtime.spec import find_variant
+from causal_forcing.runtime.variant import find_variant
 print(*resolve_weights(find_variant("shapes"), checkpoint=None, wan_folder=None).paths().values(), sep="\\n")
 """
     paths = [Path(line) for line in _run(away / "bin" / "python", "-c", program, cwd=tmp_path).splitlines()]

@@ -22,7 +22,7 @@ from causal_forcing.build_engines.weights import planned_downloads
 from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.config import DECODERS, TAEHV_FETCH, TAEHV_FILES, EngineOptions
 from causal_forcing.runtime.record import read_record
-from causal_forcing.runtime.spec import VARIANTS, find_variant
+from causal_forcing.runtime.variant import VARIANTS, find_variant
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

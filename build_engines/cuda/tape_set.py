@@ -13,7 +13,7 @@ from causal_forcing.build_engines.cuda.weight_file import WeightFile
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.engine import CHANNELS_LAST, IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.tape import TAPE_SUFFIX
 
 _CACHES = ("decoder_cache", "encoder_cache")

@@ -18,7 +18,7 @@ from torch import nn
 
 from causal_forcing.build_engines.models.dit_layers import Attention, Head, Layer
 from causal_forcing.build_engines.models.token_split import TokenSplit
-from causal_forcing.runtime.spec import DiTSpec
+from causal_forcing.runtime.model_spec import DiTSpec
 
 Tensors = tuple[torch.Tensor, ...]
 

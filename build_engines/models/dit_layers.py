@@ -20,7 +20,7 @@ from causal_forcing.plugins.dit_ops import (
 )
 from causal_forcing.plugins.fused_op import keeps_fused_ops
 from causal_forcing.plugins.torch_op import kv_cache_attention
-from causal_forcing.runtime.spec import DiTSpec
+from causal_forcing.runtime.model_spec import DiTSpec
 
 
 class RMSNorm(nn.Module):

@@ -22,7 +22,8 @@ from torch import nn
 
 from causal_forcing.build_engines.models.vae import RGB_CHANNELS, LatentScale, Shapes, Tensors
 from causal_forcing.plugins.conv_ops import conv_relu
-from causal_forcing.runtime.spec import FRAMES_PER_LATENT, TAEHVSpec
+from causal_forcing.runtime.geometry import FRAMES_PER_LATENT
+from causal_forcing.runtime.model_spec import TAEHVSpec
 
 STAGE_BLOCKS = 3
 """Blocks of every stage but the last, which has none."""

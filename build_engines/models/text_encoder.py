@@ -10,7 +10,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from causal_forcing.build_engines.checkpoint import StateDict, load_into
-from causal_forcing.runtime.spec import TextSpec
+from causal_forcing.runtime.model_spec import TextSpec
 
 # transformers' name of each tensor of a layer, by upstream's.
 _LAYER_NAMES = {

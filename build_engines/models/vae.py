@@ -27,7 +27,7 @@ from causal_forcing.build_engines.models.vae_layers import (
     Upsample,
     causal_conv3d,
 )
-from causal_forcing.runtime.spec import VAESpec
+from causal_forcing.runtime.model_spec import VAESpec
 
 Tensors = tuple[torch.Tensor, ...]
 Shapes = tuple[tuple[int, ...], ...]

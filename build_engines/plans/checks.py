@@ -19,7 +19,7 @@ from causal_forcing.build_engines.plans.lowering import (
     layers,
 )
 from causal_forcing.runtime.errors import PlanError
-from causal_forcing.runtime.spec import IOTensor
+from causal_forcing.runtime.network_spec import IOTensor
 from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTLibrary
 
 _FLOATS = ("FLOAT", "BF16", "HALF", "FP8", "INT8", "FP4", "INT4", "UINT8", "E8M0")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from causal_forcing.runtime.config import PlanOptions, fingerprint_of, op_digest
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 """Precision to the element type that heavy layers compute in where they are not quantised."""

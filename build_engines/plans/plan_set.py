@@ -14,7 +14,7 @@ from causal_forcing.build_engines.plans.process import compile_in_process
 from causal_forcing.build_engines.plans.progress import ProgressTree
 from causal_forcing.runtime.config import EngineConfig, cache_folder
 from causal_forcing.runtime.manifest import MANIFEST_NAME, file_sha256
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 PlanProgress = Callable[[str, ProgressTree], None]
 """Called with a network's name and the builder's phases whenever these change."""

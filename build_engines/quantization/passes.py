@@ -16,11 +16,13 @@ from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import Engine, copy_outputs, copy_targets
+from causal_forcing.runtime.geometry import LATENT_STRIDE, Geometry
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
+from causal_forcing.runtime.model_spec import DiTSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.schedule import plan_variant
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import LATENT_STRIDE, DiTSpec, Geometry, NetworkSpec
 
 PROMPTS = 8
 """Clips that are run at the engine's own resolution."""

@@ -11,7 +11,7 @@ from causal_forcing.build_engines.model_loading import ModelSource, RandomModels
 from causal_forcing.build_engines.shapes.captions import write_caption
 from causal_forcing.build_engines.shapes.world import draw_scene
 from causal_forcing.runtime.config import EngineConfig
-from causal_forcing.runtime.spec import SHAPES, ModelSpec
+from causal_forcing.runtime.model_spec import SHAPES, ModelSpec
 from causal_forcing.runtime.text import Tokenizer
 
 PROMPT_SEED = 3

@@ -30,7 +30,7 @@ from causal_forcing.build_engines.shapes.world import (
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import Variant
+from causal_forcing.runtime.variant import Variant
 
 SCENES_A_THING = 3
 """Held-out prompts for each colour, shape and motion that training never saw together."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causal_forcing.runtime.spec import frame_count
+from causal_forcing.runtime.geometry import frame_count
 
 FRAME_PIXELS = 128
 """Height and width of a frame."""

@@ -23,9 +23,10 @@ from causal_forcing.build_engines.shapes.world import (
     draw_tracks,
     render,
 )
-from causal_forcing.runtime.spec import FRAMES_PER_LATENT, find_variant
-from causal_forcing.runtime.spec import SHAPES as MODEL
+from causal_forcing.runtime.geometry import FRAMES_PER_LATENT
+from causal_forcing.runtime.model_spec import SHAPES as MODEL
 from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.variant import find_variant
 
 SINK_FRAMES = find_variant("shapes").sink_frames
 """Latent frames at the start that stay in the cache of a long clip."""

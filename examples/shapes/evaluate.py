@@ -31,7 +31,8 @@ from causal_forcing.build_engines.shapes.evaluation import (
     score,
 )
 from causal_forcing.runtime import EngineOptions, UsageError, console, find_or_build, load_engines
-from causal_forcing.runtime.spec import SHAPES, VARIANTS
+from causal_forcing.runtime.model_spec import SHAPES
+from causal_forcing.runtime.variant import VARIANTS
 
 SLUGS = [slug for slug, variant in VARIANTS.items() if variant.model == SHAPES]
 BACKENDS = ["onnxruntime"]

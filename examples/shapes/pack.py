@@ -21,7 +21,8 @@ from causal_forcing.build_engines.models.text_encoder import upstream_names
 from causal_forcing.build_engines.shapes.world import TRAINED_FRAMES
 from causal_forcing.build_engines.weights import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from causal_forcing.runtime.manifest import file_sha256
-from causal_forcing.runtime.spec import SHAPES, find_variant
+from causal_forcing.runtime.model_spec import SHAPES
+from causal_forcing.runtime.variant import find_variant
 
 StateDict = dict[str, torch.Tensor]
 
@@ -30,7 +31,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/shapes"),
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("weights"),
 ) -> None:
-    """Write the files and `provenance.json`, and print the pin that belongs into `runtime/spec.py`."""
+    """Write the files and `provenance.json`, and print the pin that belongs into `runtime/variant.py`."""
     stages = {name: _load(run / f"{name}.pt") for name in ("text", "vae", "diffusion", "distil")}
     names = upstream_names(SHAPES.text)
     dit_file = find_variant("shapes").checkpoint_file

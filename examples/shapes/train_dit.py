@@ -31,9 +31,9 @@ from training import DEVICE, AveragedWeights, Optimizer, Run, write_sheet
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.shapes.evaluation import held_out_cases
 from causal_forcing.build_engines.shapes.world import TRAINED_LATENT_FRAMES
+from causal_forcing.runtime.model_spec import SHAPES as MODEL
 from causal_forcing.runtime.schedule import shift_sigma
-from causal_forcing.runtime.spec import SHAPES as MODEL
-from causal_forcing.runtime.spec import find_variant
+from causal_forcing.runtime.variant import find_variant
 
 VARIANT = find_variant("shapes")
 FOUR_STEPS = VARIANT.denoising_steps

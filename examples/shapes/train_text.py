@@ -34,7 +34,7 @@ from causal_forcing.build_engines.shapes.world import (
     all_things,
     draw_scene,
 )
-from causal_forcing.runtime.spec import SHAPES as MODEL
+from causal_forcing.runtime.model_spec import SHAPES as MODEL
 from causal_forcing.runtime.text import Tokenizer
 
 BATCH = 256

@@ -29,7 +29,7 @@ from causal_forcing.build_engines.shapes.world import (
     draw_tracks,
     render,
 )
-from causal_forcing.runtime.spec import SHAPES as MODEL
+from causal_forcing.runtime.model_spec import SHAPES as MODEL
 
 SCENES = 8192
 """Scenes that are drawn once; each batch takes other ones, from another frame on and another part of the picture."""

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from causal_forcing.plugins.fused_op import register_fused_ops
 from causal_forcing.runtime.engine import CHANNELS_LAST
 from causal_forcing.runtime.errors import EngineDamagedError
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.tape import Call, Weight, read_tape
 
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

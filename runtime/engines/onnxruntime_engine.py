@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 
 from causal_forcing.runtime.errors import EngineDamagedError
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 _ERROR_SEVERITY = 3
 

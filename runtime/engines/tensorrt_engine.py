@@ -20,7 +20,7 @@ from causal_forcing.runtime.errors import (
     EngineMismatchError,
     TensorRTError,
 )
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.tensorrt_library import DTYPES, LOGGER
 
 _DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}

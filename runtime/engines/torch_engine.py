@@ -12,7 +12,7 @@ from causal_forcing.plugins import row_ops, token_ops  # noqa: F401  # programs 
 from causal_forcing.plugins.torch_op import write_caches_in_place
 from causal_forcing.runtime.engine import copy_outputs, copy_targets
 from causal_forcing.runtime.errors import EngineDamagedError
-from causal_forcing.runtime.spec import NetworkSpec
+from causal_forcing.runtime.network_spec import NetworkSpec
 
 
 class TorchEngine:

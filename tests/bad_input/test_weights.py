@@ -14,7 +14,7 @@ import torch
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.text_encoder import upstream_names
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
-from causal_forcing.runtime.spec import find_variant
+from causal_forcing.runtime.variant import find_variant
 
 Refuses = Callable[..., str]
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"

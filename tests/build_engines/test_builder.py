@@ -22,8 +22,9 @@ from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.errors import BuildLockedError, EngineDamagedError, OutputError
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
+from causal_forcing.runtime.model_spec import TINY
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import TINY, IOTensor, NetworkSpec
 
 NAMES = ["one", "two", "three"]
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
 from causal_forcing.build_engines.models.dit_layers import RMSNorm
+from causal_forcing.runtime.model_spec import TINY, DiTSpec, ModelSpec
 from causal_forcing.runtime.rope import RopePhases
-from causal_forcing.runtime.spec import TINY, DiTSpec, ModelSpec
 
 SPEC = DiTSpec(dim=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=8, text_dim=10, text_len=5, latent_channels=3)
 FRAMES, ROWS, COLUMNS, WINDOW = 2, 2, 3, 5

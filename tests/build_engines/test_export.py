@@ -19,7 +19,7 @@ from causal_forcing.build_engines.networks import Network
 from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
 from causal_forcing.plugins.torch_op import kv_cache_attention
 from causal_forcing.runtime.manifest import read_manifest
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 DTYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "int64": onnx.TensorProto.INT64}
 

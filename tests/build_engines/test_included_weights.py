@@ -15,8 +15,9 @@ from causal_forcing.build_engines.checkpoint import read_state_dict
 from causal_forcing.build_engines.model_loading import ReleasedModels
 from causal_forcing.build_engines.weights import included_folder, resolve_weights
 from causal_forcing.runtime.manifest import file_sha256
-from causal_forcing.runtime.spec import SHAPES, VARIANTS, Variant
+from causal_forcing.runtime.model_spec import SHAPES
 from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.variant import VARIANTS, Variant
 
 INCLUDED = [variant for variant in VARIANTS.values() if variant.included_weights]
 FILES = {
@@ -60,7 +61,7 @@ def test_included_files_say_how_they_were_made(provenance: dict[str, Any]) -> No
 @pytest.mark.parametrize("variant", INCLUDED, ids=lambda variant: variant.slug)
 def test_included_weights_are_pinned_to_the_files(variant: Variant, provenance: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(provenance["sha256"], sort_keys=True).encode()).hexdigest()
-    assert variant.included_weights == f"shapes@{digest[:12]}", "put this pin into runtime/spec.py"
+    assert variant.included_weights == f"shapes@{digest[:12]}", "put this pin into runtime/variant.py"
 
 
 def test_included_files_are_small_enough_for_a_repository(folder: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from causal_forcing.build_engines.model_loading import HollowModels, ModelSource, RandomModels, ReleasedModels
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.runtime.errors import CheckpointError
-from causal_forcing.runtime.spec import TINY, DiTSpec, ModelSpec, TextSpec, Variant
+from causal_forcing.runtime.model_spec import TINY, DiTSpec, ModelSpec, TextSpec
+from causal_forcing.runtime.variant import Variant
 
 
 def golden_model(golden: Path) -> ModelSpec:

@@ -14,8 +14,9 @@ from causal_forcing.build_engines.model_loading import HollowModels, RandomModel
 from causal_forcing.build_engines.networks import Network, example_inputs
 from causal_forcing.build_engines.text_networks import text_network_names, text_networks
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.model_spec import SHAPES, TINY, WAN21_T2V_1_3B
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import SHAPES, TINY, VARIANTS, WAN21_T2V_1_3B, Variant
+from causal_forcing.runtime.variant import VARIANTS, Variant
 
 
 def find_network(networks: Iterable[Network], name: str) -> Network:

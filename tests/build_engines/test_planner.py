@@ -21,8 +21,8 @@ from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, read_manifest
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity
-from causal_forcing.runtime.spec import VARIANTS
 from causal_forcing.runtime.text import Tokenizer
+from causal_forcing.runtime.variant import VARIANTS
 
 BASE = EngineOptions(slug="tiny", backend="torch", precision="fp32", pixel_height=32, pixel_width=48)
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"

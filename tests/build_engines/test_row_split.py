@@ -24,7 +24,8 @@ from causal_forcing.plugins.fused_op import keep_fused_ops
 from causal_forcing.plugins.ranks import Ranks, rehearse
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
-from causal_forcing.runtime.spec import WAN21_T2V_1_3B, Geometry, VAESpec
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import WAN21_T2V_1_3B, VAESpec
 
 T = TypeVar("T")
 SPEC = VAESpec(base_dim=8, num_res_blocks=1)

@@ -26,9 +26,10 @@ from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import load_engines
+from causal_forcing.runtime.model_spec import TINY, WAN21_T2V_1_3B, TAEHVSpec
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import TINY, VARIANTS, WAN21_T2V_1_3B, TAEHVSpec
+from causal_forcing.runtime.variant import VARIANTS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SIZE = ("--pixel-height", "32", "--pixel-width", "48")

@@ -22,7 +22,7 @@ from causal_forcing.build_engines.models.text_encoder import (
     upstream_shapes,
 )
 from causal_forcing.build_engines.random_weights import randomise
-from causal_forcing.runtime.spec import TINY, WAN21_T2V_1_3B, TextSpec
+from causal_forcing.runtime.model_spec import TINY, WAN21_T2V_1_3B, TextSpec
 
 GOLDEN_SPEC = TextSpec(vocab_size=128, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=3)
 SAFETENSORS = "text.weights.safetensors"

@@ -18,7 +18,7 @@ from causal_forcing.build_engines.models.vae import (
     decoder_cache_shapes,
     encoder_cache_shapes,
 )
-from causal_forcing.runtime.spec import TINY, WAN21_T2V_1_3B, VAESpec
+from causal_forcing.runtime.model_spec import TINY, WAN21_T2V_1_3B, VAESpec
 
 # The golden data's own tolerance: weights jittered by 1e-7 move its outputs by up to 4e-6.
 TOLERANCE = 2e-5

@@ -20,8 +20,9 @@ from causal_forcing.build_engines.text_networks import text_networks
 from causal_forcing.build_engines.verification import OutputComparison, make_inputs, verify
 from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.errors import EngineDamagedError
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.manifest import describe_files, read_manifest
-from causal_forcing.runtime.spec import TINY, Geometry
+from causal_forcing.runtime.model_spec import TINY
 
 NAMES = ("onnxruntime fp32", "torch fp32")
 DIT_NETWORKS = ["timestep_modulation", "prompt_kv", "dit_step", "dit_context"]

@@ -10,9 +10,10 @@ import torch
 
 from causal_forcing.build_engines.models.dit import CausalDiT, DiTContext, DiTStep, PromptKV, TimestepModulation
 from causal_forcing.build_engines.random_weights import randomise
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import TINY
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import timestep_embedding
-from causal_forcing.runtime.spec import TINY, Geometry
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
 from teacher_forcing import TeacherForcing

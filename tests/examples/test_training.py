@@ -12,8 +12,9 @@ import torch
 
 from causal_forcing.build_engines.models.vae import WanVAE
 from causal_forcing.build_engines.random_weights import randomise
+from causal_forcing.runtime.model_spec import TINY
 from causal_forcing.runtime.schedule import plan_variant
-from causal_forcing.runtime.spec import TINY, find_variant
+from causal_forcing.runtime.variant import find_variant
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
 from dataset import Batch

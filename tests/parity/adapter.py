@@ -28,15 +28,17 @@ from causal_forcing.runtime.decoder import WanDecoder
 from causal_forcing.runtime.encoder import WanEncoder
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest
+from causal_forcing.runtime.model_spec import DiTSpec, ModelSpec, TextSpec, VAESpec
 from causal_forcing.runtime.noise import GivenNoise
 from causal_forcing.runtime.rope import RopePhases
 from causal_forcing.runtime.schedule import FlowMatchSchedule, add_noise_, flow_to_x0_, timestep_embedding
 from causal_forcing.runtime.session import Chunk, VideoSession
-from causal_forcing.runtime.spec import DiTSpec, Geometry, ModelSpec, TextSpec, VAESpec, Variant
 from causal_forcing.runtime.text import Tokenizer
 from causal_forcing.runtime.text_encoder import TEXT_ENCODER, TextEncoder
+from causal_forcing.runtime.variant import Variant
 
 Case = Mapping[str, Any]
 Outputs = dict[str, torch.Tensor]

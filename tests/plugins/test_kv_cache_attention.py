@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.torch_op import kv_cache_attention_functional, kv_cache_attention_in_place
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.kv_cache import CacheRing
-from causal_forcing.runtime.spec import Geometry
 
 SCALE = 0.4
 # fp32 against fp64: sums of at most a few dozen products.

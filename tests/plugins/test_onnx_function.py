@@ -13,7 +13,7 @@ from causal_forcing.plugins import reference
 from causal_forcing.plugins.contract import DOMAIN, INPUTS, ONNX_NAME, OUTPUTS, PLUGIN_VERSION
 from causal_forcing.plugins.onnx_bodies import OPSET, function_body
 from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 OneNodeModel = Callable[..., onnx.ModelProto]
 

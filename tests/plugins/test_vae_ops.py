@@ -28,7 +28,7 @@ from causal_forcing.plugins.kernels.vae_weights import (
     temporal_kernels,
 )
 from causal_forcing.plugins.vae_ops import vae_double_rate, vae_norm_conv, vae_norm_conv_in_place
-from causal_forcing.runtime.spec import VAESpec
+from causal_forcing.runtime.model_spec import VAESpec
 
 SMALL = VAESpec(base_dim=8, num_res_blocks=1)
 HEIGHT, WIDTH = 4, 6

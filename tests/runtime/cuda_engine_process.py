@@ -17,9 +17,9 @@ from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, build
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.loading import load_engines
+from causal_forcing.runtime.model_spec import TINY, DiTSpec, ModelSpec, VAESpec
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import TINY, DiTSpec, ModelSpec, VAESpec
 
 # Heads of 128 and channels from 96 on, as the full model has: what the kernels for Hopper take.
 WIDE = ModelSpec(

@@ -29,11 +29,11 @@ from causal_forcing.plugins.token_ops import gather_tokens
 from causal_forcing.runtime.config import EngineConfig, EngineOptions
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.session import Chunk, VideoSession
-from causal_forcing.runtime.spec import Geometry
 from tests.parity import adapter
 from tests.parity.test_golden import GOLDEN, MANIFEST
 from tests.runtime.cuda_engine_process import WIDE

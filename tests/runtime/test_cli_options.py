@@ -18,8 +18,9 @@ from causal_forcing.runtime.backends import Backend
 from causal_forcing.runtime.cli_options import AsJson, Device, field_help, takes_engine_options
 from causal_forcing.runtime.config import EngineConfig, EngineOptions, GenerateConfig, PlanOptions
 from causal_forcing.runtime.errors import UsageError
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity
-from causal_forcing.runtime.spec import Geometry, Variant
+from causal_forcing.runtime.variant import Variant
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
 

@@ -23,11 +23,11 @@ from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.noise import SeededNoise
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.schedule import plan_variant
 from causal_forcing.runtime.session import Chunk, VideoSession
-from causal_forcing.runtime.spec import NetworkSpec
 
 CPU = torch.device("cpu")
 # fp32, in products of other shapes and thus sums of another order; carried on through all passes of a clip.

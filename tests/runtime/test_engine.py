@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from causal_forcing.runtime.engine import IOTensors
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 
 CPU = torch.device("cpu")
 

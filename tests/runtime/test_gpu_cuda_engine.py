@@ -22,8 +22,8 @@ from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.kernel_cache import KERNELS_FOLDER
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest, read_manifest
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.session import VideoSession
-from causal_forcing.runtime.spec import NetworkSpec
 
 pytestmark = [
     pytest.mark.gpu,

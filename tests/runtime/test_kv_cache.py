@@ -7,8 +7,8 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.kv_cache import CacheRing
-from causal_forcing.runtime.spec import Geometry
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 

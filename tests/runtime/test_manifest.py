@@ -35,8 +35,8 @@ from causal_forcing.runtime.manifest import (
     file_sha256,
     read_manifest,
 )
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
 
 OPTIONS = EngineOptions(slug="tiny", backend="torch", pixel_height=32, pixel_width=48, random_weights=6)
 COMMAND = "cf-build tiny --pixel-height 32 --pixel-width 48 --backend torch --precision fp32 --random-weights 6"

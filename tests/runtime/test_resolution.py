@@ -29,7 +29,7 @@ from causal_forcing.runtime.errors import (
 )
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, taehv_file, weights_identity
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
 BUILT = EngineOptions(

@@ -16,7 +16,7 @@ from causal_forcing.runtime.schedule import (
     plan_denoising,
     timestep_embedding,
 )
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 FOUR = (1000, 750, 500, 250)
 WARPED = (1000.0, 937.5, 833.33331, 625.0)

@@ -26,9 +26,10 @@ from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from causal_forcing.runtime.errors import ImageError, PromptError, UsageError
 from causal_forcing.runtime.loading import EngineSet, load_engines
+from causal_forcing.runtime.model_spec import TINY
+from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.noise import SeededNoise
 from causal_forcing.runtime.session import Chunk, PromptTruncated, VideoSession
-from causal_forcing.runtime.spec import TINY, NetworkSpec
 from causal_forcing.runtime.text_encoder import TextEncoder
 
 PROMPT = "a paper boat on a rainy street"

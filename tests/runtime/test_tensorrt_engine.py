@@ -36,8 +36,8 @@ from causal_forcing.runtime.errors import (
 )
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest, check_files, describe_files
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.tensorrt_library import DTYPES, TensorRTLibrary, load_library
 
 VERSION = "11.4.0.106"

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from causal_forcing.build_engines.tiny_tokenizer import write_byte_tokenizer
 from causal_forcing.runtime.errors import CheckpointError, PromptError, WeightsMissingError
-from causal_forcing.runtime.spec import TINY
+from causal_forcing.runtime.model_spec import TINY
 from causal_forcing.runtime.text import Tokenizer, clean_prompt, read_prompt
 
 

@@ -17,8 +17,9 @@ from causal_forcing.build_engines.networks import Network
 from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.network_spec import IOTensor
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import Geometry, IOTensor
 from causal_forcing.runtime.tape import Tape, read_tape
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.plugins.token_ops import exchange_to_heads
 from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.tape import read_tape
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from causal_forcing.runtime.engine import IOTensors
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.resolution import resolve_engine
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 CPU = torch.device("cpu")
 DIT = ("timestep_modulation", "prompt_kv", "dit_step", "dit_context", "dit_context_step")

@@ -16,7 +16,8 @@ from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.plans.job import PlanJob, onnx_sha256
 from causal_forcing.runtime.backends import BACKENDS
 from causal_forcing.runtime.config import PlanOptions
-from causal_forcing.runtime.spec import TINY, Geometry
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import TINY
 
 MakeJob = Callable[..., PlanJob]
 Run = Callable[..., subprocess.CompletedProcess[str]]

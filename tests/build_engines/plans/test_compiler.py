@@ -26,7 +26,7 @@ from causal_forcing.build_engines.plans.job import PlanJob
 from causal_forcing.plugins.contract import DOMAIN, ONNX_NAME
 from causal_forcing.runtime.config import PlanOptions
 from causal_forcing.runtime.errors import PlanError
-from causal_forcing.runtime.spec import IOTensor, NetworkSpec
+from causal_forcing.runtime.network_spec import IOTensor, NetworkSpec
 from causal_forcing.runtime.tensorrt_library import TensorRTLibrary, load_library
 
 MakeJob = Callable[..., PlanJob]

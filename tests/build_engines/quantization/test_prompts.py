@@ -10,7 +10,7 @@ from causal_forcing.build_engines.quantization.passes import PROMPTS
 from causal_forcing.build_engines.quantization.prompts import GENERAL_PROMPTS, calibration_prompts
 from causal_forcing.build_engines.shapes.evaluation import held_out_cases, pair_cases
 from causal_forcing.build_engines.shapes.world import Scene
-from causal_forcing.runtime.spec import SHAPES, WAN21_T2V_1_3B
+from causal_forcing.runtime.model_spec import SHAPES, WAN21_T2V_1_3B
 
 
 def test_prompts_of_shapes_show_no_object_that_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from causal_forcing.build_engines.shapes.evaluation import (
 )
 from causal_forcing.build_engines.shapes.world import BACKGROUNDS, SIZES, Scene, Thing
 from causal_forcing.runtime.image import load_image
-from causal_forcing.runtime.spec import VARIANTS
+from causal_forcing.runtime.variant import VARIANTS
 
 
 class DrawingSession:

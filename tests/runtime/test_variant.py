@@ -1,27 +1,15 @@
-"""Variants against the released models' table, and shapes that cannot be."""
+"""Variants against the released models' table."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from causal_forcing.runtime.errors import UnknownNameError, UsageError
-from causal_forcing.runtime.spec import (
-    SHAPES,
-    TINY,
-    VARIANTS,
-    WAN21_T2V_1_3B,
-    Geometry,
-    IOTensor,
-    NetworkSpec,
-    Variant,
-    find_variant,
-    frame_count,
-)
+from causal_forcing.runtime.errors import UnknownNameError
+from causal_forcing.runtime.geometry import Geometry
+from causal_forcing.runtime.model_spec import SHAPES, TINY, WAN21_T2V_1_3B
+from causal_forcing.runtime.variant import VARIANTS, Variant, find_variant
 
 FOUR = (1000, 750, 500, 250)
 
@@ -42,11 +30,6 @@ INCLUDED = [
     ("shapes-framewise-1step", 1, (1000,), FOUR, False),
     ("shapes-i2v", 1, FOUR, None, True),
 ]
-
-
-def geometry(**changes: int) -> Geometry:
-    values = {"chunk_frames": 3, "pixel_height": 480, "pixel_width": 832, "window_frames": 21}
-    return Geometry(**{**values, **changes})
 
 
 @pytest.mark.parametrize(("name", "file", "chunk", "steps", "first_steps", "ema", "image"), RELEASES)
@@ -104,12 +87,6 @@ def test_wan_model_has_the_released_sizes() -> None:
     assert len(vae.latent_mean) == len(vae.latent_std) == 16
 
 
-def test_default_geometry_has_upstreams_token_counts() -> None:
-    shapes = geometry()
-    assert (shapes.latent_height, shapes.latent_width) == (60, 104)
-    assert (shapes.tokens_per_frame, shapes.chunk_tokens, shapes.cache_slots) == (1560, 4680, 32760)
-
-
 @pytest.mark.parametrize("slug", list(VARIANTS))
 def test_default_geometry_of_every_variant_is_valid_and_takes_one_cache_write(slug: str) -> None:
     variant = VARIANTS[slug]
@@ -127,62 +104,6 @@ def test_find_variant_with_a_typo_offers_the_nearest_and_lists_all() -> None:
     with pytest.raises(UnknownNameError, match="unknown slug 'tinny': did you mean 'tiny'\\?") as caught:
         find_variant("tinny")
     assert all(slug in str(caught.value) for slug in VARIANTS)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pixel_height": 481}, "pixel height 481 is not a positive multiple of 16: use --pixel-height 480"),
-        ({"pixel_width": 830}, "pixel width 830 is not a positive multiple of 16: use --pixel-width 832"),
-        ({"pixel_width": 0}, "pixel width 0 is not a positive multiple of 16: use --pixel-width 16"),
-        ({"pixel_height": -32}, "pixel height -32 is not a positive multiple of 16: use --pixel-height 16"),
-        ({"pixel_height": 8}, "use --pixel-height 16"),
-        ({"pixel_height": 4112}, "pixel height 4112 is above 4096"),
-        ({"sink_frames": -1}, "window_frames 21 and sink_frames -1 must be at least 1 and 0"),
-        ({"window_frames": 0}, "window_frames 0 and sink_frames 0 must be at least 1 and 0"),
-        ({"window_frames": 2}, "cannot hold 0 sink frames and a chunk of 3: use --window-frames 3 or more"),
-        ({"sink_frames": 19}, "cannot hold 19 sink frames and a chunk of 3: use --window-frames 22 or more"),
-    ],
-)
-def test_geometry_that_cannot_be_says_what_to_use(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(message)):
-        geometry(**changes)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(
-    chunk=st.integers(1, 5),
-    height=st.integers(-20, 4096),
-    width=st.integers(-20, 4096),
-    window=st.integers(1, 30),
-    sink=st.integers(0, 30),
-)
-def test_geometry_with_what_its_errors_suggest_is_accepted(
-    chunk: int, height: int, width: int, window: int, sink: int
-) -> None:
-    values = {"chunk_frames": chunk, "pixel_height": height, "pixel_width": width}
-    values |= {"window_frames": window, "sink_frames": sink}
-    for _ in range(4):
-        with contextlib.suppress(UsageError):
-            Geometry(**values)
-            return
-        with pytest.raises(UsageError) as caught:
-            Geometry(**values)
-        suggested = re.search(r"use --([a-z-]+) (\d+)", str(caught.value))
-        assert suggested is not None, str(caught.value)
-        values[suggested[1].replace("-", "_")] = int(suggested[2])
-    pytest.fail("four suggestions, one for each wrong value at most, did not make a geometry")
-
-
-@pytest.mark.parametrize(("latent_frames", "frames"), [(1, 1), (2, 5), (3, 9), (21, 81)])
-def test_frame_count_of_latent_frames_is_1_and_4_more_for_each_after_the_first(latent_frames: int, frames: int) -> None:
-    assert frame_count(latent_frames) == frames
-
-
-def test_network_spec_lists_inputs_before_outputs() -> None:
-    a, b = (IOTensor(name=name, shape=(2, 3), dtype="float32") for name in "ab")
-    assert list(NetworkSpec(name="n", inputs=(a,), outputs=(b,)).io_tensors()) == [a, b]
-    assert a.elements == 6
 
 
 def test_variant_default_prompts_suit_the_model() -> None:
