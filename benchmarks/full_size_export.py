@@ -23,7 +23,7 @@ from pathlib import Path
 from causal_forcing.build_engines.builder import build
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.verification import verify
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 
 GIB = 2**30
 

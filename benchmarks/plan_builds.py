@@ -43,7 +43,8 @@ from causal_forcing.build_engines.plans.job import onnx_sha256
 from causal_forcing.build_engines.plans.plan_set import compile_plans
 from causal_forcing.build_engines.quantization.fp8_attention import AttentionScales
 from causal_forcing.build_engines.quantization.recipe import InputScaling, Recipe, linear_groups
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.network_spec import NetworkSpec
 from causal_forcing.runtime.variant import VARIANTS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkout import ROOT, head_commit
-from causal_forcing.runtime.config import DECODERS
+from causal_forcing.runtime.engine_options import DECODERS
 
 RESULTS = ROOT / "benchmarks" / "results"
 """Records that the documentation quotes."""

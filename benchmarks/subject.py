@@ -12,7 +12,8 @@ from benchmarks.clips import SEED
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, build
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.runtime.backends import choose_device
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.manifest import read_manifest
 
 

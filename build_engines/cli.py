@@ -15,7 +15,8 @@ import typer
 from causal_forcing.build_engines import cli_tables as tables
 from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
-from causal_forcing.runtime.config import EngineOptions, cache_folder, package_version
+from causal_forcing.runtime.engine_options import EngineOptions
+from causal_forcing.runtime.environment import cache_folder, package_version
 from causal_forcing.runtime.errors import CausalForcingError, EngineNotFoundError, UnknownNameError, UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
 from causal_forcing.runtime.resolution import default_root, resolve_engine, weights_identity

@@ -13,8 +13,9 @@ import torch
 from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels, ReleasedModels
 from causal_forcing.build_engines.weights import PlannedDownload, WeightFiles, planned_downloads, resolve_weights
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import CausalForcingError, CheckpointError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, file_sha256, read_manifest
 from causal_forcing.runtime.resolution import resolve_engine, taehv_file, weights_identity

@@ -20,7 +20,7 @@ from causal_forcing.build_engines.shapes.evaluation import (
     steady_fps,
 )
 from causal_forcing.build_engines.shapes.world import FRAME_PIXELS
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import read_manifest

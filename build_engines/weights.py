@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from causal_forcing.build_engines.checkpoint import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
-from causal_forcing.runtime.config import (
+from causal_forcing.runtime.environment import DISTRIBUTION
+from causal_forcing.runtime.errors import WeightsMissingError
+from causal_forcing.runtime.variant import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_REVISION,
-    DISTRIBUTION,
     WAN_REPOSITORY,
     WAN_REVISION,
+    Variant,
 )
-from causal_forcing.runtime.errors import WeightsMissingError
-from causal_forcing.runtime.variant import Variant
 
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from causal_forcing.runtime.clip import make_clip
     from causal_forcing.runtime.clip_request import ClipRequest
-    from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+    from causal_forcing.runtime.config import GenerateConfig
     from causal_forcing.runtime.engine_lookup import find_or_build
+    from causal_forcing.runtime.engine_options import EngineOptions
     from causal_forcing.runtime.errors import (
         BackendUnavailableError,
         BuildLockedError,
@@ -92,8 +93,9 @@ __all__ = [
 _HOMES = {
     "clip": ("make_clip",),
     "clip_request": ("ClipRequest",),
-    "config": ("EngineOptions", "GenerateConfig"),
+    "config": ("GenerateConfig",),
     "engine_lookup": ("find_or_build",),
+    "engine_options": ("EngineOptions",),
     "frame_sink": ("FrameSink", "open_sink"),
     "image": ("ImageFit", "load_image"),
     "loading": ("EngineSet", "load_engines"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from causal_forcing.runtime.config import (
     FP8_COMPUTE_CAPABILITY,
     RTX_COMPUTE_CAPABILITIES,
-    EngineOptions,
     PlanOptions,
     default_compute_capabilities,
 )
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import BackendUnavailableError, UnknownNameError, UsageError
 
 

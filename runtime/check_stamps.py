@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from causal_forcing.runtime.config import cache_folder
+from causal_forcing.runtime.environment import cache_folder
 
 STAMPS_FOLDER = "checked"
 """Folder of the stamps inside the cache folder, a file an engine directory."""

@@ -16,15 +16,10 @@ from causal_forcing.runtime import console
 from causal_forcing.runtime.cli_options import AsJson, Debug, Device, takes_engine_options
 from causal_forcing.runtime.clip import make_clip
 from causal_forcing.runtime.clip_request import ClipRequest
-from causal_forcing.runtime.config import (
-    DEFAULT_SLUG,
-    EngineOptions,
-    GenerateConfig,
-    check_ranks,
-    launched_rank,
-    package_version,
-)
+from causal_forcing.runtime.config import GenerateConfig
 from causal_forcing.runtime.engine_lookup import recorded_engine
+from causal_forcing.runtime.engine_options import DEFAULT_SLUG, EngineOptions, check_ranks
+from causal_forcing.runtime.environment import launched_rank, package_version
 from causal_forcing.runtime.errors import RanksEndedError, RecordError, UnknownNameError, UsageError
 from causal_forcing.runtime.launch import run_ranks
 from causal_forcing.runtime.manifest import read_manifest

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from causal_forcing.runtime import console
 from causal_forcing.runtime.clip_request import ClipRequest, check_request, image_sha256
 from causal_forcing.runtime.clip_writer import ClipWriter
-from causal_forcing.runtime.config import LaunchedRank
 from causal_forcing.runtime.engine_lookup import build_engine, find_or_build
+from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.rank_process import decisive

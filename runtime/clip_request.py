@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from causal_forcing.runtime.config import TEXT_ENCODER_USES, EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import TEXT_ENCODER_USES, GenerateConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import (
     EngineNotFoundError,
     ImageError,

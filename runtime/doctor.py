@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causal_forcing.runtime import doctor_host
-from causal_forcing.runtime.config import DEFAULT_RTX_COMPUTE_CAPABILITIES, DEFAULT_SLUG
+from causal_forcing.runtime.config import DEFAULT_RTX_COMPUTE_CAPABILITIES
 from causal_forcing.runtime.doctor_gpu import (
     TENSORRT,
     TENSORRT_RTX,
@@ -23,6 +23,7 @@ from causal_forcing.runtime.doctor_gpu import (
     probe_tool,
     probe_torch,
 )
+from causal_forcing.runtime.engine_options import DEFAULT_SLUG
 from causal_forcing.runtime.probe import Probe, guard, is_installed
 
 BACKENDS_PROBE = "backends"

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from causal_forcing.runtime.config import DISTRIBUTION, RTX_COMPUTE_CAPABILITIES
+from causal_forcing.runtime.config import RTX_COMPUTE_CAPABILITIES
+from causal_forcing.runtime.environment import DISTRIBUTION
 from causal_forcing.runtime.probe import Probe, gib, installed_version, is_installed, load
 
 IMPORT_TIMEOUT_S = 120

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,

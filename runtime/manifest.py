@@ -18,11 +18,10 @@ from causal_forcing.runtime.config import (
     EngineConfig,
     PlanOptions,
     build_command,
-    cache_folder,
     fingerprint_of,
     op_digest,
-    package_version,
 )
+from causal_forcing.runtime.environment import cache_folder, package_version
 from causal_forcing.runtime.errors import EngineDamagedError, EngineMismatchError, EngineNotFoundError, UsageError
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.model_spec import DiTSpec, ModelSpec, TAEHVSpec, TextSpec, VAESpec

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from causal_forcing.runtime.config import LaunchedRank
+from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import BackendUnavailableError, RanksEndedError
 from causal_forcing.runtime.interruption import STOP_SIGNALS
 from causal_forcing.runtime.rank_ending import ending_of, stop_ending

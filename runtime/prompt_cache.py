@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from causal_forcing.runtime.config import cache_folder, fingerprint_of, package_version
+from causal_forcing.runtime.config import fingerprint_of
+from causal_forcing.runtime.environment import cache_folder, package_version
 from causal_forcing.runtime.text_encoder import TEXT_ENCODER
 
 if TYPE_CHECKING:

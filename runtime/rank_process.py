@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.config import LaunchedRank, launched_rank, op_digest, package_version
+from causal_forcing.runtime.config import op_digest
+from causal_forcing.runtime.environment import LaunchedRank, launched_rank, package_version
 from causal_forcing.runtime.errors import RanksEndedError, UsageError
 from causal_forcing.runtime.interruption import STOP_SIGNALS
 

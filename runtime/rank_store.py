@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
-from causal_forcing.runtime.config import LaunchedRank
+from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import BackendUnavailableError, UsageError
 from causal_forcing.runtime.rank_monitor import Store
 

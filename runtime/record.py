@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import GenerateConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import OutputError, RecordError
 
 RECORD_VERSION = 1

@@ -5,24 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from causal_forcing.runtime.backends import choose_backend, choose_plan, choose_precision
-from causal_forcing.runtime.config import (
-    CHECKPOINT_REPOSITORY,
-    CHECKPOINT_REVISION,
-    DECODERS,
-    TAEHV_FETCH,
-    TAEHV_FILES,
-    WAN_REPOSITORY,
-    WAN_REVISION,
-    EngineConfig,
-    EngineOptions,
-    cache_folder,
-    check_ranks,
-    op_digest,
-    package_version,
-)
+from causal_forcing.runtime.config import EngineConfig, op_digest
+from causal_forcing.runtime.engine_options import DECODERS, TAEHV_FETCH, TAEHV_FILES, EngineOptions, check_ranks
+from causal_forcing.runtime.environment import cache_folder, package_version
 from causal_forcing.runtime.errors import CheckpointError, EngineMismatchError, UsageError, WeightsMissingError
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.manifest import ENGINES_FOLDER, Manifest, file_sha256
+from causal_forcing.runtime.variant import CHECKPOINT_REPOSITORY, CHECKPOINT_REVISION, WAN_REPOSITORY, WAN_REVISION
 
 
 def default_root() -> Path:

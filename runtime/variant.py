@@ -1,4 +1,4 @@
-"""The released ways of running a model, by the slugs that stand for them: plain data, no framework."""
+"""The released ways of running a model, by the slugs that stand for them, and where their files lie: plain data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from dataclasses import dataclass, replace
 
 from causal_forcing.runtime.errors import UnknownNameError
 from causal_forcing.runtime.model_spec import SHAPES, TINY, WAN21_T2V_1_3B, ModelSpec
+
+CHECKPOINT_REPOSITORY = "zhuhz22/Causal-Forcing"
+CHECKPOINT_REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"
+"""Pinned revision of the released Causal-Forcing checkpoints."""
+
+WAN_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
+WAN_REVISION = "37ec512624d61f7aa208f7ea8140a131f93afc9a"
+"""Pinned revision of the Wan base files: text encoder, tokenizer, VAE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

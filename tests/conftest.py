@@ -88,7 +88,7 @@ def tiny_torch_engine(engine_home: Path) -> Path:
     """The engine directory of `tiny` at 32×48, torch, built in this process."""
     from causal_forcing.build_engines.builder import build
     from causal_forcing.build_engines.planner import make_job
-    from causal_forcing.runtime.config import EngineOptions
+    from causal_forcing.runtime.engine_options import EngineOptions
     from causal_forcing.runtime.resolution import default_root
 
     options = EngineOptions(slug="tiny", backend="torch", precision="fp32", pixel_height=32, pixel_width=48)

@@ -14,7 +14,7 @@ import pytest
 
 from causal_forcing.build_engines.builder import build
 from causal_forcing.build_engines.planner import make_job
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--slug", "tiny", "--pixel-height", "32", "--pixel-width", "48")

@@ -20,7 +20,7 @@ import pytest
 from causal_forcing.build_engines.builder import network_names
 from causal_forcing.build_engines.weights import planned_downloads
 from causal_forcing.runtime.backends import BACKENDS
-from causal_forcing.runtime.config import DECODERS, TAEHV_FETCH, TAEHV_FILES, EngineOptions
+from causal_forcing.runtime.engine_options import DECODERS, TAEHV_FETCH, TAEHV_FILES, EngineOptions
 from causal_forcing.runtime.record import read_record
 from causal_forcing.runtime.variant import VARIANTS, find_variant
 

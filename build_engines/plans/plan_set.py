@@ -12,7 +12,8 @@ from typing import Any
 from causal_forcing.build_engines.plans.job import PlanJob, onnx_sha256
 from causal_forcing.build_engines.plans.process import compile_in_process
 from causal_forcing.build_engines.plans.progress import ProgressTree
-from causal_forcing.runtime.config import EngineConfig, cache_folder
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.environment import cache_folder
 from causal_forcing.runtime.manifest import MANIFEST_NAME, file_sha256
 from causal_forcing.runtime.network_spec import NetworkSpec
 

@@ -18,7 +18,7 @@ from causal_forcing.build_engines import builder
 from causal_forcing.build_engines.builder import BuildJob, build
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.networks import Network
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import BuildLockedError, EngineDamagedError, OutputError
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import MANIFEST_NAME, check_files, read_manifest
@@ -207,7 +207,7 @@ def test_build_killed_halfway_leaves_no_engine_and_the_next_build_works(folder: 
         "from pathlib import Path\n"
         "from causal_forcing.build_engines.builder import build\n"
         "from causal_forcing.build_engines.planner import make_job\n"
-        "from causal_forcing.runtime.config import EngineOptions\n"
+        "from causal_forcing.runtime.engine_options import EngineOptions\n"
         "def progress(name):\n"
         "    if name == 'dit_step':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

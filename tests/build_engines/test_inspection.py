@@ -12,7 +12,7 @@ import pytest
 from causal_forcing.build_engines import builder
 from causal_forcing.build_engines.inspection import inspect_engine
 from causal_forcing.build_engines.planner import make_job
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import EngineDamagedError, EngineNotFoundError
 from causal_forcing.runtime.manifest import read_manifest
 

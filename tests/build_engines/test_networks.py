@@ -13,7 +13,8 @@ from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, cut_networ
 from causal_forcing.build_engines.model_loading import HollowModels, RandomModels
 from causal_forcing.build_engines.networks import Network, example_inputs
 from causal_forcing.build_engines.text_networks import text_network_names, text_networks
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.model_spec import SHAPES, TINY, WAN21_T2V_1_3B
 from causal_forcing.runtime.resolution import resolve_engine
 from causal_forcing.runtime.variant import VARIANTS, Variant

@@ -16,8 +16,9 @@ from causal_forcing.build_engines.builder import network_names
 from causal_forcing.build_engines.model_loading import RandomModels, ReleasedModels
 from causal_forcing.build_engines.planner import local_identity, make_job, plan_build
 from causal_forcing.build_engines.weights import WeightFiles, included_folder
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.manifest import MANIFEST_NAME, Manifest, describe_files, read_manifest
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity

@@ -14,7 +14,7 @@ from causal_forcing.build_engines.builder import build
 from causal_forcing.build_engines.cli import main
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.shapes.evaluation import Scores, Share
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.resolution import default_root
 
 RANDOM = ("shapes", "--random-weights", "0", "--backend", "torch", "--device", "cpu")

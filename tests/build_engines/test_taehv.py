@@ -22,8 +22,8 @@ from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.vae_networks import taehv_networks
 from causal_forcing.build_engines.verification import verify
 from causal_forcing.build_engines.weights import WeightFiles
-from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.model_spec import TINY, WAN21_T2V_1_3B, TAEHVSpec

@@ -18,7 +18,7 @@ from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.text_networks import text_networks
 from causal_forcing.build_engines.verification import OutputComparison, make_inputs, verify
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.manifest import describe_files, read_manifest

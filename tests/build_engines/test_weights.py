@@ -10,9 +10,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from causal_forcing.build_engines import weights
 from causal_forcing.build_engines.weights import included_folder, planned_downloads, resolve_weights
-from causal_forcing.runtime.config import CHECKPOINT_REPOSITORY, CHECKPOINT_REVISION, WAN_REPOSITORY, WAN_REVISION
 from causal_forcing.runtime.errors import WeightsMissingError
-from causal_forcing.runtime.variant import find_variant
+from causal_forcing.runtime.variant import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_REVISION,
+    WAN_REPOSITORY,
+    WAN_REVISION,
+    find_variant,
+)
 
 CHUNKWISE = find_variant("causal-forcing-wan2.1-t2v-1.3b-chunkwise")
 SHAPES = find_variant("shapes")

@@ -23,11 +23,12 @@ from causal_forcing.build_engines.cuda.tape_set import TapeSet, lay_out
 from causal_forcing.build_engines.model_loading import ReleasedModels
 from causal_forcing.build_engines.weights import WeightFiles
 from causal_forcing.plugins.dit_ops import rotate
-from causal_forcing.runtime.config import EngineConfig, op_digest, package_version
+from causal_forcing.runtime.config import EngineConfig, op_digest
 from causal_forcing.runtime.decoder import WanDecoder
 from causal_forcing.runtime.encoder import WanEncoder
 from causal_forcing.runtime.engine import Engine
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
+from causal_forcing.runtime.environment import package_version
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet, load_engines
 from causal_forcing.runtime.manifest import Manifest

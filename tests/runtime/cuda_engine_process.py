@@ -15,7 +15,7 @@ import torch
 
 from causal_forcing.build_engines.builder import ALL_PARTS, BuildJob, build
 from causal_forcing.build_engines.model_loading import RandomModels
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.model_spec import TINY, DiTSpec, ModelSpec, VAESpec
 from causal_forcing.runtime.resolution import resolve_engine

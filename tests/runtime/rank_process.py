@@ -26,8 +26,9 @@ from causal_forcing.build_engines.quantization.recipe import Recipe
 from causal_forcing.plugins.ranks import decoding_ranks
 from causal_forcing.plugins.row_ops import gather_rows
 from causal_forcing.plugins.token_ops import gather_tokens
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet

@@ -19,7 +19,8 @@ from causal_forcing.runtime.backends import (
     choose_plan,
     choose_precision,
 )
-from causal_forcing.runtime.config import EngineOptions, PlanOptions
+from causal_forcing.runtime.config import PlanOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import BackendUnavailableError, UnknownNameError, UsageError
 
 TENSORRT, RTX = BACKENDS["tensorrt"], BACKENDS["tensorrt-rtx"]

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from causal_forcing.runtime.backends import Backend
 from causal_forcing.runtime.cli_options import AsJson, Device, field_help, takes_engine_options
-from causal_forcing.runtime.config import EngineConfig, EngineOptions, GenerateConfig, PlanOptions
+from causal_forcing.runtime.config import EngineConfig, GenerateConfig, PlanOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.resolution import resolve_engine, weights_identity

@@ -20,8 +20,9 @@ import pytest
 from causal_forcing.runtime.clip import make_clip
 from causal_forcing.runtime.clip_request import ClipRequest
 from causal_forcing.runtime.clip_writer import ClipWriter
-from causal_forcing.runtime.config import EngineOptions, GenerateConfig
+from causal_forcing.runtime.config import GenerateConfig
 from causal_forcing.runtime.engine_lookup import find_or_build, recorded_engine
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import CausalForcingError, EngineDamagedError, OutputError
 from causal_forcing.runtime.interruption import held_back, stoppable
 from causal_forcing.runtime.mp4_sink import Mp4Sink

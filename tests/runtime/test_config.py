@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,15 @@ import pytest
 from causal_forcing import plugins
 from causal_forcing.runtime.config import (
     EngineConfig,
-    EngineOptions,
     GenerateConfig,
-    LaunchedRank,
     PlanOptions,
     build_command,
-    cache_folder,
     fingerprint_of,
-    launched_rank,
     op_digest,
-    package_version,
 )
-from causal_forcing.runtime.errors import UnknownNameError, UsageError
+from causal_forcing.runtime.engine_options import EngineOptions
+from causal_forcing.runtime.environment import package_version
+from causal_forcing.runtime.errors import UsageError
 from causal_forcing.runtime.resolution import resolve_engine
 
 
@@ -131,20 +127,6 @@ def test_dtype_is_that_of_what_is_not_quantised(backend: str, precision: str, dt
     assert dataclasses.replace(config, backend=backend, precision=precision).dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"optimization_level": 6}, "--optimization-level 6 is out of range: use 0 to 5"),
-        ({"optimization_level": -1}, "--optimization-level -1 is out of range"),
-        ({"workspace_mib": 0}, "--workspace-mib 0 leaves no memory: use 1 or more"),
-        ({"plugin": "pyhton"}, "unknown plugin 'pyhton': did you mean 'python'"),
-    ],
-)
-def test_plan_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        EngineOptions(slug="tiny", **options)
-
-
 def test_folder_of_a_configuration_is_its_slug_and_the_start_of_its_fingerprint(config: EngineConfig) -> None:
     assert config.folder(Path("/engines")) == Path("/engines/tiny-i2v") / config.fingerprint()[:16]
 
@@ -197,90 +179,7 @@ def test_build_command_of_another_schemas_fields_is_still_a_command(fields: dict
     assert build_command(fields).startswith("cf-build ")
 
 
-def test_options_without_any_take_the_variants_shapes() -> None:
-    shapes = EngineOptions(slug="tiny").geometry()
-    assert (shapes.pixel_height, shapes.pixel_width, shapes.window_frames, shapes.sink_frames) == (96, 160, 21, 0)
-
-
-def test_options_that_are_given_override_the_variants_shapes_even_with_0() -> None:
-    options = EngineOptions(slug="tiny", pixel_height=32, pixel_width=48, window_frames=9, sink_frames=3)
-    shapes = options.geometry()
-    assert (shapes.pixel_height, shapes.pixel_width, shapes.window_frames, shapes.sink_frames) == (32, 48, 9, 3)
-    with pytest.raises(UsageError, match="window_frames 0"):
-        EngineOptions(slug="tiny", window_frames=0).geometry()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "fp23"}, "unknown precision 'fp23': did you mean 'fp32'?.*valid: fp32, bf16, fp16"),
-        ({"decoder": "van"}, "unknown decoder 'van': did you mean 'wan'"),
-    ],
-)
-def test_options_with_an_unknown_name_offer_the_nearest(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnknownNameError, match=message):
-        EngineOptions(**options)
-
-
-@pytest.mark.parametrize("files", [{"checkpoint": Path("a.pt")}, {"wan_folder": Path("wan")}, {"taehv": Path("a.pth")}])
-def test_options_with_random_weights_and_files_are_refused(files: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--random-weights excludes --checkpoint, --wan-folder and --taehv"):
-        EngineOptions(random_weights=0, **files)
-
-
-def test_options_with_an_unknown_field_are_refused() -> None:
-    with pytest.raises(TypeError, match="pixel_heigth"):
-        EngineOptions(**{"pixel_heigth": 480})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("total_blocks", [0, -3])
 def test_generate_config_without_blocks_makes_no_video(total_blocks: int) -> None:
     with pytest.raises(UsageError, match=f"--total-blocks {total_blocks} makes no video: use 1 or more"):
         GenerateConfig(prompt="a cat", total_blocks=total_blocks)
-
-
-def test_cache_folder_follows_the_environment_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAUSAL_FORCING_HOME", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cache_folder() == Path("/a")
-    monkeypatch.setenv("CAUSAL_FORCING_HOME", "")
-    assert cache_folder() == Path("/b/causal-forcing")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "causal-forcing"
-
-
-def test_launched_rank_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
-        monkeypatch.delenv(name, raising=False)
-    assert launched_rank() is None
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert launched_rank() is None, "one process, and no launcher's rank"
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    assert launched_rank() == LaunchedRank(
-        rank=3, ranks=4, address="127.0.0.1", port=29500, launcher_has_store=False, attempt="0"
-    )
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    place = launched_rank()
-    assert place is not None
-    assert (place.address, place.launcher_has_store) == ("localhost", True)
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"WORLD_SIZE": "several"}, "WORLD_SIZE is 'several', expected a number of processes"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({"RANK": "4"}, "RANK is 4, expected one below WORLD_SIZE, 4: use torchrun --nproc_per_node=4"),
-        ({"LOCAL_WORLD_SIZE": "2"}, "4 processes share a clip, 2 of them on this machine: start all of them on one"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT is '', expected a port"),
-    ],
-)
-def test_launched_rank_incomplete_or_on_other_machines_is_refused(
-    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in ({"WORLD_SIZE": "4", "RANK": "0", "MASTER_PORT": "29500"} | variables).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=re.escape(said)):
-        launched_rank()

@@ -17,9 +17,10 @@ from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.models.dit import CausalDiT
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.quantization.passes import ModuleEngine
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.denoiser import Denoiser
 from causal_forcing.runtime.engine import Engine
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.loading import EngineSet
 from causal_forcing.runtime.manifest import Manifest

@@ -12,7 +12,8 @@ import torch
 
 from causal_forcing.runtime import loading
 from causal_forcing.runtime.backends import Backend
-from causal_forcing.runtime.config import SCHEMA_VERSION, EngineOptions, PlanOptions, fingerprint_of
+from causal_forcing.runtime.config import SCHEMA_VERSION, PlanOptions, fingerprint_of
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.tensorrt_runtime import check_plans
 from causal_forcing.runtime.errors import (
     BackendUnavailableError,

@@ -13,14 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from causal_forcing.runtime.config import (
-    SCHEMA_VERSION,
-    EngineOptions,
-    PlanOptions,
-    fingerprint_of,
-    op_digest,
-    package_version,
-)
+from causal_forcing.runtime.config import SCHEMA_VERSION, PlanOptions, fingerprint_of, op_digest
+from causal_forcing.runtime.engine_options import EngineOptions
+from causal_forcing.runtime.environment import package_version
 from causal_forcing.runtime.errors import (
     CausalForcingError,
     EngineDamagedError,

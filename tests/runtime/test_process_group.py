@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from causal_forcing.runtime.config import LaunchedRank
+from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import BackendUnavailableError, UsageError
 from causal_forcing.runtime.process_group import rank_device
 from causal_forcing.runtime.rank_store import check_agreement

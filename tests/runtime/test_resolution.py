@@ -12,14 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from causal_forcing.runtime.config import (
-    CHECKPOINT_REPOSITORY,
-    CHECKPOINT_REVISION,
-    WAN_REPOSITORY,
-    WAN_REVISION,
-    EngineOptions,
-    PlanOptions,
-)
+from causal_forcing.runtime.config import PlanOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.errors import (
     BackendUnavailableError,
     EngineMismatchError,
@@ -29,7 +23,13 @@ from causal_forcing.runtime.errors import (
 )
 from causal_forcing.runtime.manifest import Manifest
 from causal_forcing.runtime.resolution import check_fits, default_root, resolve_engine, taehv_file, weights_identity
-from causal_forcing.runtime.variant import VARIANTS
+from causal_forcing.runtime.variant import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_REVISION,
+    VARIANTS,
+    WAN_REPOSITORY,
+    WAN_REVISION,
+)
 
 CHUNKWISE = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"
 BUILT = EngineOptions(

@@ -24,8 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from causal_forcing.runtime.backends import Backend
-from causal_forcing.runtime.config import EngineOptions, PlanOptions
+from causal_forcing.runtime.config import PlanOptions
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines import tensorrt_runtime
 from causal_forcing.runtime.engines.tensorrt_engine import TensorRTEngine
 from causal_forcing.runtime.errors import (

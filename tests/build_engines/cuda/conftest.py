@@ -14,8 +14,8 @@ from causal_forcing.build_engines.builder import BuildJob, cut_networks
 from causal_forcing.build_engines.cuda.tape_set import TapeSet
 from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.networks import Network
-from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.network_spec import IOTensor

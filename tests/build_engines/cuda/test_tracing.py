@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from causal_forcing.build_engines.builder import has_pair, network_names
-from causal_forcing.runtime.config import EngineOptions
 from causal_forcing.runtime.engine import IOTensors
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.engines.cuda_engine import CudaEngine, DeviceWeights
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.resolution import resolve_engine

@@ -10,7 +10,7 @@ from causal_forcing.build_engines.builder import BuildJob
 from causal_forcing.build_engines.planner import make_job
 from causal_forcing.build_engines.quantization import passes
 from causal_forcing.build_engines.quantization.calibration import Calibration, calibrate
-from causal_forcing.runtime.config import EngineOptions
+from causal_forcing.runtime.engine_options import EngineOptions
 
 
 @pytest.fixture(scope="package")

@@ -19,7 +19,8 @@ from causal_forcing.build_engines.quantization.passes import (
     plan_passes,
     run_passes,
 )
-from causal_forcing.runtime.config import EngineConfig, EngineOptions
+from causal_forcing.runtime.config import EngineConfig
+from causal_forcing.runtime.engine_options import EngineOptions
 from causal_forcing.runtime.resolution import resolve_engine
 
 
