@@ -19,6 +19,7 @@ from causal_forcing.runtime.clip_writer import ClipWriter
 from causal_forcing.runtime.engine_lookup import build_engine, find_or_build
 from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import EngineDamagedError
+from causal_forcing.runtime.generation_progress import GenerationProgress
 from causal_forcing.runtime.manifest import check_files, read_manifest
 from causal_forcing.runtime.rank_process import decisive
 from causal_forcing.runtime.record import ClipRecord
@@ -157,7 +158,7 @@ def _write_clip(
 
     total_blocks = request.generate.total_blocks
     started_s = time.perf_counter()
-    progress = console.GenerationProgress(total_blocks)
+    progress = GenerationProgress(total_blocks)
     writer = ClipWriter(record, output_dir=request.output_dir, slug=request.options.slug)
     if group is not None:
         group.monitor.before_leaving = lambda ending: writer.abandon("interrupted" if ending.stopped else "failed")

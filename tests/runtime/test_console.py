@@ -17,14 +17,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from causal_forcing.runtime.console import (
-    GenerationProgress,
-    narrate,
-    print_json,
-    print_table,
-    run_program,
-    warn,
-)
+from causal_forcing.runtime.console import narrate, print_json, print_table, run_program, warn
 from causal_forcing.runtime.errors import CausalForcingError, EngineMismatchError, UnknownNameError
 
 Capture = pytest.CaptureFixture[str]
@@ -217,72 +210,6 @@ def test_json_of_dataclass_path_enum_and_unicode_reads_back(capsys: Capture) -> 
 def test_table_without_terminal_is_plain_and_aligned(capsys: Capture) -> None:
     print_table(["name", "size"], [["dit_step", 12], ["vae", None]])
     assert capsys.readouterr().out == "name      size\ndit_step  12\nvae\n"
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def test_progress_rates_leave_the_first_chunk_out(capsys: Capture) -> None:
-    clock = Clock()
-    with GenerationProgress(4, clock=clock) as progress:
-        assert (progress.first_frame_s, progress.fps, progress.eta_s) == (None, None, None)
-        clock.now_s += 5
-        progress.advance(9)
-        assert (progress.first_frame_s, progress.fps) == (5.0, None)
-        for _ in range(2):
-            clock.now_s += 0.5
-            progress.advance(12)
-        assert progress.fps == 24.0
-        assert progress.eta_s == 0.5
-        assert progress.frames == 33
-
-
-def test_progress_without_terminal_prints_a_line_every_two_seconds(capsys: Capture) -> None:
-    clock = Clock()
-    with GenerationProgress(None, clock=clock) as progress:
-        for _ in range(11):
-            clock.now_s += 0.5
-            progress.advance(12)
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "chunk 1",
-        "chunk 5",
-        "chunk 9",
-        "chunk 11",
-    ]
-
-
-def test_progress_that_just_printed_its_last_chunk_does_not_repeat_it(capsys: Capture) -> None:
-    with GenerationProgress(1, clock=Clock()) as progress:
-        progress.advance(9)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "chunk 1/1, 9 frames, first frame 0.00 s\n"
-
-
-@pytest.mark.parametrize("total", ["3", "None"])
-def test_progress_on_a_terminal_is_one_live_line(total: str) -> None:
-    script = (
-        "from causal_forcing.runtime.console import GenerationProgress\n"
-        f"with GenerationProgress({total}) as progress:\n"
-        "    for _ in range(3): progress.advance(12)\n"
-        "    print('result')\n"
-    )
-    reader, writer = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, check=True, env=environment)
-    os.close(writer)
-    shown = os.read(reader, 65536).decode()
-    os.close(reader)
-    assert f"chunk 3{'/3' if total == '3' else ''}, 36 frames" in shown
-    assert shown.count("\n") == 1
-    assert result.stdout == b"result\n"
 
 
 def test_table_on_a_terminal_is_drawn_and_brackets_are_kept() -> None:
