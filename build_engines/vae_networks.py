@@ -14,10 +14,8 @@ from causal_forcing.build_engines.models.vae import (
     VAEEncoder,
     VAEEncoderFirst,
     WanVAE,
-    decoder_cache_shapes,
-    decoder_row_split,
-    encoder_cache_shapes,
 )
+from causal_forcing.build_engines.models.vae_stages import decoder_cache_shapes, decoder_row_split, encoder_cache_shapes
 from causal_forcing.build_engines.networks import Network, latent_tensor
 from causal_forcing.runtime.geometry import FRAMES_PER_LATENT, Geometry, frame_count
 from causal_forcing.runtime.model_spec import TAEHVSpec, VAESpec

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from causal_forcing.build_engines.models.vae import RGB_CHANNELS, LatentScale, Shapes, Tensors
+from causal_forcing.build_engines.models.vae import LatentScale, Tensors
+from causal_forcing.build_engines.models.vae_stages import RGB_CHANNELS, Shapes
 from causal_forcing.plugins.conv_ops import conv_relu
 from causal_forcing.runtime.geometry import FRAMES_PER_LATENT
 from causal_forcing.runtime.model_spec import TAEHVSpec

@@ -16,7 +16,8 @@ import torch
 from causal_forcing.build_engines.cuda.tape_set import TapeSet, lay_out
 from causal_forcing.build_engines.export import export_program
 from causal_forcing.build_engines.models.row_split import split_rows, stage_halos
-from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE, decoder_row_split
+from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE
+from causal_forcing.build_engines.models.vae_stages import decoder_row_split
 from causal_forcing.build_engines.networks import Network
 from causal_forcing.build_engines.vae_networks import decoder_networks
 from causal_forcing.plugins import row_ops

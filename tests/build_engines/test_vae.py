@@ -9,15 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.hooks import RemovableHandle
 
-from causal_forcing.build_engines.models.vae import (
-    VAEDecoder,
-    VAEDecoderFirst,
-    VAEEncoder,
-    VAEEncoderFirst,
-    WanVAE,
-    decoder_cache_shapes,
-    encoder_cache_shapes,
-)
+from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, VAEEncoder, VAEEncoderFirst, WanVAE
+from causal_forcing.build_engines.models.vae_stages import decoder_cache_shapes, encoder_cache_shapes
 from causal_forcing.runtime.model_spec import TINY, WAN21_T2V_1_3B, VAESpec
 
 # The golden data's own tolerance: weights jittered by 1e-7 move its outputs by up to 4e-6.

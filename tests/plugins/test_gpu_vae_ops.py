@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE, decoder_cache_shapes
+from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE
+from causal_forcing.build_engines.models.vae_stages import decoder_cache_shapes
 from causal_forcing.plugins import vae_ops
 from causal_forcing.plugins.fused_op import keep_fused_ops
 from causal_forcing.runtime.model_spec import WAN21_T2V_1_3B

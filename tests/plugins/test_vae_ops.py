@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE, decoder_cache_shapes
+from causal_forcing.build_engines.models.vae import VAEDecoder, VAEDecoderFirst, WanVAE
+from causal_forcing.build_engines.models.vae_stages import decoder_cache_shapes
 from causal_forcing.plugins.fused_op import keep_fused_ops
 from causal_forcing.plugins.kernels import vae_launch
 from causal_forcing.plugins.kernels.cuda_source import compile_source
