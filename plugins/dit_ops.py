@@ -102,7 +102,7 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
-@fused_op(kernel=kernel_of("placement_launch", "launch_norm_rope"))
+@fused_op()
 def norm_rope(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
 ) -> torch.Tensor:

@@ -29,9 +29,15 @@ _PROJECTED = {
 
 def fuse(graph: fx.Graph, constants: Constants) -> None:
     """Apply all rewrites, in place."""
-    products = (split_fp8_linears, merge_linears, fuse_gelu)
-    around = (fuse_attention, fuse_exchange, fuse_norms, fuse_quantize)
-    for rewrite in products + around:
+    for rewrite in (
+        split_fp8_linears,
+        merge_linears,
+        fuse_gelu,
+        fuse_attention,
+        fuse_exchange,
+        fuse_norms,
+        fuse_quantize,
+    ):
         rewrite(graph, constants)
     graph.eliminate_dead_code()
     graph.lint()

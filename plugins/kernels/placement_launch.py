@@ -11,17 +11,6 @@ Norms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Weights of the queries' and keys' norm, cosines and sines."""
 
 
-def launch_norm_rope(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, eps: float
-) -> torch.Tensor | None:
-    """Run `dit_ops.norm_rope`; None where the last axis is not dense."""
-    if x.stride(2) != 1:
-        return None
-    rotated = torch.empty((*x.shape[:2], heads, x.shape[2] // heads), dtype=x.dtype, device=x.device)
-    place_projections(x, x, x, (weight, weight, cos, sin), rotated, None, None, slots=None, eps=eps)
-    return rotated.transpose(1, 2)
-
-
 def launch_projected_exchange(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,7 +47,7 @@ def place_projections(
     v: torch.Tensor,
     norms: Norms | None,
     queries: torch.Tensor | None,
-    k_cache: torch.Tensor | None,
+    k_cache: torch.Tensor,
     v_cache: torch.Tensor | None,
     *,
     slots: torch.Tensor | None,
@@ -77,7 +66,7 @@ def place_projections(
         norms: Weights [N·D] of the queries' and keys' norm, cosines and sines [L, D/2] fp32; None where q and k have
             been normalised and rotated.
         queries: [B, L, N, D], last axis dense; written. None leaves queries alone.
-        k_cache: [B, N, S, D], last axis dense; written. None leaves keys and values alone.
+        k_cache: [B, N, S, D], last axis dense; written.
         v_cache: [B, N, S, D], with the strides of k_cache; None leaves values alone.
         slots: First slot of each frame; None puts token i into slot i.
         eps: Of the norms.
@@ -87,18 +76,15 @@ def place_projections(
     batch, tokens, dim = q.shape
     q_weight, k_weight, cos, sin = norms or (q, q, q, q)  # in the second case never read
     q_scale, k_scale, k_offset = codes or (q, q, q)
-    written = [target is not None for target in (queries, k_cache, v_cache)]
-    first, count = written.index(True), sum(written)
-    cache = queries.transpose(1, 2) if k_cache is None and queries is not None else k_cache
-    assert cache is not None, "something is written"
-    parts, width = cache.shape[1], cache.shape[3]
+    kinds = sum(target is not None for target in (queries, k_cache, v_cache))
+    parts, width = k_cache.shape[1], k_cache.shape[3]
     frames = 1 if slots is None else slots.shape[0]
     queries_strides = (0, 0, 0) if queries is None else queries.stride()[:3]
-    place_projections_kernel[(tokens, count, batch)](
+    place_projections_kernel[(tokens, kinds, batch)](
         *(q, k, v, q_weight, k_weight, cos, sin, q if slots is None else slots),
-        *(cache if queries is None else queries, cache, cache if v_cache is None else v_cache),
+        *(k_cache if queries is None else queries, k_cache, k_cache if v_cache is None else v_cache),
         *(q_scale, k_scale, k_offset, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-        *(*queries_strides, *cache.stride()[:3], tokens // frames, cache.shape[2], eps),
+        *(*queries_strides, *k_cache.stride()[:3], tokens // frames, k_cache.shape[2], eps),
         DIM=parts * width,
         BLOCK=triton.next_power_of_2(dim),
         D=head_dim or width,
@@ -106,6 +92,6 @@ def place_projections(
         HAS_SLOTS=slots is not None,
         FP8=codes is not None,
         NORM=norms is not None,
-        FIRST=first,
+        FIRST=0 if queries is not None else 1,
         num_warps=4,
     )
