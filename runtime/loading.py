@@ -46,9 +46,7 @@ class EngineSet:
         engines, text_encoder = self.engines.values(), self.text_encoder
         later = () if text_encoder is None else text_encoder.networks
         io_tensors = IOTensors([*(engine.spec for engine in engines), *later], self.device)
-        # Networks of a kind are listed from small to large. The largest comes first, so that the graphs captured after
-        # its own find room in the memory that they share.
-        for engine in reversed(list(engines)):
+        for engine in engines:
             engine.bind(io_tensors)
         if text_encoder is not None:
             text_encoder.bind(io_tensors)
