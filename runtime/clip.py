@@ -51,11 +51,11 @@ def make_clip(request: ClipRequest, place: LaunchedRank | None = None) -> ClipRe
         CausalForcingError: Anything that the user can set right; nothing was written unless generation had begun.
         KeyboardInterrupt: Stopped by the user; the clip so far and its record are whole.
     """
-    if place is not None and place.ranks > 1:
-        return _make_clip_together(request, place)
-    image = check_request(request)
+    image = check_request(request, writes=place is None or place.rank == 0)
     if request.generate.prompt == request.options.variant().default_prompt:
         console.narrate(f"the default prompt: {request.generate.prompt}")
+    if place is not None and place.ranks > 1:
+        return _make_clip_together(request, place, image)
     folder = request.engine_folder or find_or_build(request.options, request.device)
     try:
         return _generate(request, folder, image)
@@ -65,11 +65,8 @@ def make_clip(request: ClipRequest, place: LaunchedRank | None = None) -> ClipRe
     return _generate(request, build_engine(request.options, request.device), image)
 
 
-def _make_clip_together(request: ClipRequest, place: LaunchedRank) -> ClipRecord:
+def _make_clip_together(request: ClipRequest, place: LaunchedRank, image: npt.NDArray[np.float32] | None) -> ClipRecord:
     """Make one rank's part of a clip; rank 0 alone looks for the engine, writes and talks."""
-    image = check_request(request, writes=place.rank == 0)
-    if place.rank == 0 and request.generate.prompt == request.options.variant().default_prompt:
-        console.narrate(f"the default prompt: {request.generate.prompt}")
     from causal_forcing.runtime.process_group import joined, rank_device
 
     with joined(place) as group:

@@ -134,7 +134,7 @@ class ClipWriter:
                     raise
                 finally:
                     self._finish_record(error)
-            if unwritten is not None and error is unwritten and kind is None:
+            if kind is None and unwritten is not None:
                 raise unwritten
 
     def _finish_record(self, error: BaseException | None) -> None:

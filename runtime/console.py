@@ -235,6 +235,13 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     Console(file=sys.stdout).print(table)
 
 
+def flush() -> None:
+    """Let out what was printed, before the process ends without winding up."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that can draw."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

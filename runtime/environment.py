@@ -14,6 +14,7 @@ from pathlib import Path
 from causal_forcing.runtime.errors import UsageError
 
 DISTRIBUTION = "causal-forcing-engine"
+LOCALHOST = "127.0.0.1"
 
 
 def cache_folder() -> Path:
@@ -73,7 +74,7 @@ def launched_rank() -> LaunchedRank | None:
     return LaunchedRank(
         rank=rank,
         ranks=ranks,
-        address=os.environ.get("MASTER_ADDR") or "127.0.0.1",
+        address=os.environ.get("MASTER_ADDR") or LOCALHOST,
         port=_launch_number("MASTER_PORT", "a port") if ranks > 1 else 0,
         launcher_has_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0",

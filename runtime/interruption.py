@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 STOP_SIGNALS = tuple(
@@ -29,7 +29,7 @@ def stoppable() -> Iterator[list[int]]:
 
     # Ignored signals stay ignored: that is what `nohup` and the shell's background jobs are for.
     handlers = (signal.SIG_DFL, signal.default_int_handler)
-    with _handlers(stop, tuple(number for number in STOP_SIGNALS if signal.getsignal(number) in handlers)):
+    with handled(stop, tuple(number for number in STOP_SIGNALS if signal.getsignal(number) in handlers)):
         yield received
 
 
@@ -41,14 +41,19 @@ def held_back() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
 
-    with _handlers(note, tuple(number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)):
+    with handled(note, heeded()):
         yield
     if noted:
         signal.raise_signal(noted[0])
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """Return the stop signals that this process does not ignore."""
+    return tuple(number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def _handlers(handler: object, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def handled(handler: object, numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """Handle signals in another way for a while; in threads, which get no signals, there is nothing to do."""
     if threading.current_thread() is not threading.main_thread():
         yield

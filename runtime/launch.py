@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.interruption import STOP_SIGNALS
-
-LOCALHOST = "127.0.0.1"
+from causal_forcing.runtime.environment import LOCALHOST
+from causal_forcing.runtime.interruption import handled, heeded
 
 POLL_S = 0.05
 """Time between two looks at the ranks."""
@@ -129,14 +128,8 @@ def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]
         if processes and processes[0].poll() is None:
             processes[0].send_signal(_FORWARDED)
 
-    before = {
-        number: signal.signal(number, forward) for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
+    with handled(forward, heeded()):
         yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watch(

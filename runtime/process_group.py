@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import BackendUnavailableError, RanksEndedError
-from causal_forcing.runtime.interruption import STOP_SIGNALS
+from causal_forcing.runtime.interruption import STOP_SIGNALS, heeded
 from causal_forcing.runtime.rank_ending import ending_of, stop_ending
 from causal_forcing.runtime.rank_monitor import RankMonitor, Store
 from causal_forcing.runtime.rank_store import check_agreement, open_store
@@ -217,9 +217,8 @@ def joined(place: LaunchedRank, *, connect_s: float = CONNECT_S) -> Iterator[Ran
     if not first:
         # Its monitor sees them; a terminal's Ctrl-C is for rank 0.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for number in STOP_SIGNALS:
-            if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
+        for number in heeded():
+            signal.signal(number, lambda number, frame: None)
     monitor.start()
     try:
         with group.together():

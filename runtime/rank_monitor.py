@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from causal_forcing.runtime import console
-from causal_forcing.runtime.interruption import STOP_SIGNALS
+from causal_forcing.runtime.interruption import heeded
 from causal_forcing.runtime.rank_ending import Ending, gone_ending, stop_ending
 
 BEAT_S = 0.5
@@ -221,11 +221,7 @@ class RankMonitor:
     def _drain(self) -> list[int]:
         """Return the stop signals that came, as far as this process does not ignore them."""
         with contextlib.suppress(BlockingIOError):
-            return [
-                number
-                for number in os.read(self._wake_reader, 64)
-                if number in STOP_SIGNALS and signal.getsignal(number) != signal.SIG_IGN
-            ]
+            return [number for number in os.read(self._wake_reader, 64) if number in heeded()]
         return []
 
     def _follow(self, ending: Ending, *, nudge: bool) -> None:
@@ -246,9 +242,7 @@ class RankMonitor:
         self.speak(ending)
         if self._rank == 0:
             self.linger(self._grace_s)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        console.flush()
         self._leave(ending.code)
 
     def _look(self) -> None:

@@ -18,7 +18,7 @@ from causal_forcing.runtime import console
 from causal_forcing.runtime.config import op_digest
 from causal_forcing.runtime.environment import LaunchedRank, launched_rank, package_version
 from causal_forcing.runtime.errors import RanksEndedError, UsageError
-from causal_forcing.runtime.interruption import STOP_SIGNALS
+from causal_forcing.runtime.interruption import heeded
 
 if TYPE_CHECKING:
     from causal_forcing.runtime.clip_request import ClipRequest
@@ -82,9 +82,7 @@ def left_at_once() -> Iterator[None]:
     except SystemExit as leaving:
         group = sys.modules.get("causal_forcing.runtime.process_group")
         if group is not None and group.must_exit_at_once():
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+            console.flush()
             os._exit(leaving.code if isinstance(leaving.code, int) else 0)
         raise
 
@@ -99,6 +97,5 @@ def _place() -> LaunchedRank | None:
 
 def _leave_signals_to_rank_0() -> None:
     """Leave without a word at a stop: there is nothing to clean up yet, and Ctrl-C is for rank 0."""
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    for number in heeded():
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
