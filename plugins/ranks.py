@@ -1,7 +1,8 @@
 """The processes that make one clip together, one a GPU, and what they hand each other.
 
-Data goes through torch's process groups: NCCL between GPUs, gloo between CPUs. Everything here can be captured in a
-CUDA graph, once it has run before.
+Data goes through torch's process groups: NCCL between GPUs, gloo between CPUs. What every layer exchanges goes through
+memory that all ranks write into, where their GPUs reach each other's. Everything here can be captured in a CUDA graph,
+once it has run before.
 
 The collectives of a group have one order on all ranks. Passes use torch's default group. The decoder has one of its
 own, for it runs beside the passes: which of them comes first may differ from rank to rank.
@@ -12,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+
+from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer, make_symmetric_buffer, reach_each_other
 
 
 class Ranks(Protocol):
@@ -39,6 +42,13 @@ class Ranks(Protocol):
 
     def share(self, x: torch.Tensor) -> None:
         """Give every rank what the first one has in `x`, in place."""
+
+    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
+        """Return the buffer of a use, shape and type, on the device of `like`; None where ranks share no memory.
+
+        What it holds stays until it is written again. Between two times that a use is written lies another exchange
+        among all ranks: who came there has read what it got before.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,17 @@ class ProcessGroup:
         """See `Ranks.share`."""
         dist.broadcast(x, src=0, group=self.group)
 
+    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
+        """See `Ranks.symmetric_buffer`. The first call for a buffer is made by all ranks at the same point."""
+        if not (like.is_cuda and reach_each_other(self.size)):
+            return None
+        group = self.group or _default_group()
+        buffers = _symmetric_buffers.setdefault(group, {})
+        key = (use, tuple(shape), like.dtype)
+        if key not in buffers:
+            buffers[key] = make_symmetric_buffer(shape, like, group)
+        return buffers[key]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
@@ -90,6 +111,13 @@ class Rehearsal:
 
     def share(self, x: torch.Tensor) -> None:
         """See `Ranks.share`."""
+
+    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
+        """See `Ranks.symmetric_buffer`: this rank's own, for all of them."""
+        if not like.is_cuda:
+            return None
+        offsets = torch.zeros(self.size, dtype=torch.int64, device=like.device)
+        return SymmetricBuffer(own=like.new_empty(shape), offsets=offsets, barrier=lambda: None)
 
 
 _rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)
@@ -122,6 +150,10 @@ def current_ranks(size: int) -> Ranks:
 
 # By the default group that a group belongs to: one that is made after that was left has another.
 _decoding_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_BufferKey = tuple[str, tuple[int, ...], torch.dtype]
+_symmetric_buffers: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[_BufferKey, SymmetricBuffer]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def decoding_ranks(size: int) -> Ranks:
@@ -132,8 +164,13 @@ def decoding_ranks(size: int) -> Ranks:
     ranks = current_ranks(size)
     if not isinstance(ranks, ProcessGroup):
         return ranks
-    default = dist.group.WORLD
-    assert default is not None, "ranks without a process group rehearse"
+    default = _default_group()
     if default not in _decoding_groups:
         _decoding_groups[default] = dist.new_group()
     return replace(ranks, group=_decoding_groups[default])
+
+
+def _default_group() -> dist.ProcessGroup:
+    default = dist.group.WORLD
+    assert default is not None, "ranks without a process group rehearse"
+    return default

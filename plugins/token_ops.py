@@ -83,7 +83,7 @@ evenly comes out as it was received.
 """
 
 
-@fused_op(kernel=kernel_of("placement_launch", "launch_projected_exchange"))
+@fused_op(kernel=kernel_of("exchange_launch", "launch_projected_exchange"))
 def projected_exchange(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -141,7 +141,17 @@ def _fake_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torc
     return x.new_empty(batch, shares, ranks * own_heads, depth).transpose(1, 2)
 
 
-exchange_to_tokens = define_op("exchange_to_tokens", _exchange_to_tokens, fake=_fake_exchange_to_tokens)
+_launch_exchange_to_tokens = kernel_of("exchange_launch", "launch_exchange_to_tokens")
+
+
+def _exchange_to_tokens_on_gpu(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
+    stored: torch.Tensor | None = _launch_exchange_to_tokens(x, ranks, segments)
+    return _exchange_to_tokens(x, ranks, segments) if stored is None else stored
+
+
+exchange_to_tokens = define_op(
+    "exchange_to_tokens", _exchange_to_tokens, fake=_fake_exchange_to_tokens, on_gpu=_exchange_to_tokens_on_gpu
+)
 """exchange_to_tokens(x, ranks, segments): the way back, [B, N/R, G·L, D] to [B, N, G·S, D]."""
 
 

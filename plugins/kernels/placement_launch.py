@@ -11,36 +11,6 @@ Norms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Weights of the queries' and keys' norm, cosines and sines."""
 
 
-def launch_projected_exchange(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    heads: int,
-    eps: float,
-    ranks: int,
-    segments: int,
-    tokens: int,
-) -> torch.Tensor | None:
-    """Run `token_ops.projected_exchange`; None where the projections' last axis is not dense."""
-    if any(tensor.stride(2) != 1 for tensor in (q, k, v)):
-        return None
-    from causal_forcing.plugins.token_ops import exchange_blocks
-
-    batch, shares, dim = q.shape
-    # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
-    blocks = q.new_empty(ranks, batch, shares, 3, dim // ranks)
-    queries, keys, values = blocks.permute(3, 1, 2, 0, 4).unbind()  # each [B, G·S, R, n·D]
-    norms = (q_weight, k_weight, cos, sin)
-    caches = (keys.transpose(1, 2), values.transpose(1, 2))
-    place_projections(q, k, v, norms, queries, *caches, slots=None, eps=eps, head_dim=dim // heads)
-    split = blocks.view(ranks, batch, segments, shares // segments, 3, heads // ranks, dim // heads)
-    return exchange_blocks(split, tokens)
-
-
 def place_projections(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -54,6 +24,7 @@ def place_projections(
     eps: float,
     codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     head_dim: int | None = None,
+    part_offsets: torch.Tensor | None = None,
 ) -> None:
     """Launch `place_projections_kernel`.
 
@@ -72,6 +43,7 @@ def place_projections(
         eps: Of the norms.
         codes: For e4m3 queries and keys: their scales [N] and the keys' offset [N, D], fp32.
         head_dim: D, where what is written has parts of several heads.
+        part_offsets: [parts] int64, what each part lies further away than its strides say, in elements; multiples of 8.
     """
     batch, tokens, dim = q.shape
     q_weight, k_weight, cos, sin = norms or (q, q, q, q)  # in the second case never read
@@ -83,7 +55,8 @@ def place_projections(
     place_projections_kernel[(tokens, kinds, batch)](
         *(q, k, v, q_weight, k_weight, cos, sin, q if slots is None else slots),
         *(k_cache if queries is None else queries, k_cache, k_cache if v_cache is None else v_cache),
-        *(q_scale, k_scale, k_offset, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        *(q_scale, k_scale, k_offset, q if part_offsets is None else part_offsets),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         *(*queries_strides, *k_cache.stride()[:3], tokens // frames, k_cache.shape[2], eps),
         DIM=parts * width,
         BLOCK=triton.next_power_of_2(dim),
@@ -93,5 +66,6 @@ def place_projections(
         FP8=codes is not None,
         NORM=norms is not None,
         FIRST=0 if queries is not None else 1,
+        SCATTERED=part_offsets is not None,
         num_warps=4,
     )

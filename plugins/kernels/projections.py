@@ -45,25 +45,29 @@ def _codes(x, scale_ptr, columns, inside, D: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens_per_frame", "cache_slots"])
 def place_projections_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
-    q_scale_ptr, k_scale_ptr, k_offset_ptr,
+    q_scale_ptr, k_scale_ptr, k_offset_ptr, part_offsets_ptr,
     q_batch, q_row, k_batch, k_row, v_batch, v_row,
     out_batch, out_row, out_part, cache_batch, cache_part, cache_row,
     tokens_per_frame, cache_slots, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    FP8: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr,
+    FP8: tl.constexpr, NORM: tl.constexpr, FIRST: tl.constexpr, SCATTERED: tl.constexpr,
 ):  # fmt: skip
     """Run on a grid of (L, K, B) programs: of queries, keys and values, the FIRST-th kind and K - 1 that follow.
 
     A row of DIM columns is written in parts of PART columns, each dense. Queries go to [B, L, parts, PART], keys and
     values to [B, parts, S, PART] at `slots`, or at their own places without slots. What lies outside of the cache is
     dropped. Without NORM rows are taken as they are. With FP8, queries and keys become codes, keys less their offset
-    first; a part is a head then.
+    first; a part is a head then. With SCATTERED, parts lie at offsets of their own, and PART, rows and offsets are
+    multiples of 8 elements: stores stay 16 bytes wide.
     """
     token = tl.program_id(0)
     kind = tl.program_id(1) + FIRST
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < DIM
+    part = columns // PART
+    if SCATTERED:
+        scattered = tl.load(part_offsets_ptr + part, mask=inside, other=0)
     if kind == 0:
         x = _row(
             q_ptr + batch * q_batch + token.to(tl.int64) * q_row, q_weight_ptr, cos_ptr, sin_ptr, token, eps,
@@ -71,14 +75,18 @@ def place_projections_kernel(
         )  # fmt: skip
         if FP8:
             x = _codes(x, q_scale_ptr, columns, inside, D)
-        target = batch * out_batch + token.to(tl.int64) * out_row + (columns // PART) * out_part + columns % PART
+        target = batch * out_batch + token.to(tl.int64) * out_row + part * out_part + columns % PART
+        if SCATTERED:
+            target = tl.max_contiguous(tl.multiple_of(target + scattered, 8), 8)
         tl.store(q_out_ptr + target, x.to(q_out_ptr.dtype.element_ty), mask=inside)
     else:
         slot = token
         if HAS_SLOTS:
             slot = tl.load(slots_ptr + token // tokens_per_frame) + token % tokens_per_frame
         stored = columns < tl.where((slot >= 0) & (slot < cache_slots), DIM, 0)
-        place = batch * cache_batch + (columns // PART) * cache_part + slot.to(tl.int64) * cache_row + columns % PART
+        place = batch * cache_batch + part * cache_part + slot.to(tl.int64) * cache_row + columns % PART
+        if SCATTERED:
+            place = tl.max_contiguous(tl.multiple_of(place + scattered, 8), 8)
         if kind == 1:
             x = _row(
                 k_ptr + batch * k_batch + token.to(tl.int64) * k_row, k_weight_ptr, cos_ptr, sin_ptr, token, eps,

@@ -1,0 +1,82 @@
+"""Exchanges that are stores into another rank's memory, captured in CUDA graphs: two processes that share one GPU."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from causal_forcing.plugins import ranks
+from causal_forcing.plugins.dit_ops import norm_rope
+from causal_forcing.plugins.fused_op import register_fused_ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+RANKS, HEADS, DEPTH, TOKENS, SEGMENTS, EPS = 2, 12, 128, 260, 2, 1e-6
+PASSES, LAYERS = 4, 5
+
+
+def exchange(rank: int, folder: Path) -> None:
+    """Be one of two ranks: exchange to heads and back in a graph, layer after layer, and check every pass."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    ranks.reach_each_other = lambda count: True  # they share a GPU, which is no peer of itself
+    register_fused_ops()
+    ours = torch.ops.causal_forcing
+    device, share, dim = torch.device("cuda"), TOKENS // RANKS, HEADS * DEPTH
+    angle = torch.randn(SEGMENTS * TOKENS, DEPTH // 2, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = torch.ones(dim, dtype=torch.bfloat16, device=device)
+    tokens = torch.arange(SEGMENTS * TOKENS, device=device).unflatten(0, (SEGMENTS, RANKS, share))[:, rank].flatten()
+    inputs = torch.zeros(LAYERS, 3, 1, SEGMENTS * share, dim, dtype=torch.bfloat16, device=device)
+    wholes: list[torch.Tensor] = []
+    backs: list[torch.Tensor] = []
+
+    def run_pass() -> None:
+        wholes.clear()
+        backs.clear()
+        for q, k, v in inputs:
+            rope = (angle.cos()[tokens], angle.sin()[tokens])
+            whole = ours.projected_exchange(q, k, v, weight, weight, *rope, HEADS, EPS, RANKS, SEGMENTS, TOKENS)
+            wholes.append(whole.clone())
+            backs.append(ours.exchange_to_tokens(whole[:, :, 0].transpose(1, 2), RANKS, SEGMENTS).clone())
+
+    stream = torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        run_pass()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run_pass()
+    own = slice(rank * HEADS // RANKS, (rank + 1) * HEADS // RANKS)
+    for number in range(PASSES):
+        seeded = torch.Generator().manual_seed(number)
+        everything = torch.randn(LAYERS, 3, 1, SEGMENTS * TOKENS, dim, generator=seeded).bfloat16().to(device)
+        inputs.copy_(everything[..., tokens, :])
+        graph.replay()
+        torch.cuda.synchronize()
+        for (q, k, v), whole, back in zip(everything, wholes, backs, strict=True):
+            queries, keys = (norm_rope(x, weight, angle.cos(), angle.sin(), HEADS, EPS) for x in (q, k))
+            values = v.unflatten(2, (HEADS, DEPTH)).transpose(1, 2)
+            want = torch.stack([x[:, own] for x in (queries, keys, values)], dim=2).permute(0, 3, 2, 1, 4)
+            torch.testing.assert_close(whole, want, atol=1e-2, rtol=1e-2)  # a rounding of bf16
+            torch.testing.assert_close(whole[:, :, 2], want[:, :, 2], atol=0, rtol=0)
+            torch.testing.assert_close(back, queries[:, :, tokens], atol=1e-2, rtol=1e-2)
+    dist.barrier()
+    os._exit(0)  # two processes that let go of each other's memory in turn would have to be told when
+
+
+def test_ranks_that_store_into_each_others_memory_get_what_was_meant_for_them(tmp_path: Path) -> None:
+    context = mp.spawn(exchange, args=(tmp_path,), nprocs=RANKS, join=False)
+    assert context is not None
+    for process in context.processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0, "a rank got something else, or waits forever"
