@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +23,7 @@ pytestmark = [
 
 RANKS, HEADS, DEPTH, TOKENS, SEGMENTS, EPS = 2, 12, 128, 260, 2, 1e-6
 PASSES, LAYERS = 4, 5
+PATIENCE_S = 60.0
 
 
 def exchange(rank: int, folder: Path) -> None:
@@ -76,7 +78,10 @@ def exchange(rank: int, folder: Path) -> None:
 
 def test_ranks_that_store_into_each_others_memory_get_what_was_meant_for_them(tmp_path: Path) -> None:
     context = mp.spawn(exchange, args=(tmp_path,), nprocs=RANKS, join=False)
-    assert context is not None
-    for process in context.processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0, "a rank got something else, or waits forever"
+    deadline_s = time.monotonic() + PATIENCE_S
+    try:
+        while not context.join(timeout=1):  # raises what a rank raised
+            assert time.monotonic() < deadline_s, "a rank waits for another"
+    finally:
+        for process in context.processes:
+            process.kill()
