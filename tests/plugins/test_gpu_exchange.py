@@ -24,6 +24,12 @@ pytestmark = [
 RANKS, HEADS, DEPTH, TOKENS, SEGMENTS, EPS = 2, 12, 128, 260, 2, 1e-6
 PASSES, LAYERS = 4, 5
 PATIENCE_S = 60.0
+TOLERANCE = 5e-3
+"""‖got - want‖ / ‖want‖: bf16 rounds by about 1e-3, here once and in the reference after each step."""
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def exchange(rank: int, folder: Path) -> None:
@@ -69,9 +75,9 @@ def exchange(rank: int, folder: Path) -> None:
             queries, keys = (norm_rope(x, weight, angle.cos(), angle.sin(), HEADS, EPS) for x in (q, k))
             values = v.unflatten(2, (HEADS, DEPTH)).transpose(1, 2)
             want = torch.stack([x[:, own] for x in (queries, keys, values)], dim=2).permute(0, 3, 2, 1, 4)
-            torch.testing.assert_close(whole, want, atol=1e-2, rtol=1e-2)  # a rounding of bf16
             torch.testing.assert_close(whole[:, :, 2], want[:, :, 2], atol=0, rtol=0)
-            torch.testing.assert_close(back, queries[:, :, tokens], atol=1e-2, rtol=1e-2)
+            assert relative_error(whole, want) < TOLERANCE
+            assert relative_error(back, queries[:, :, tokens]) < TOLERANCE
     dist.barrier()
     os._exit(0)  # two processes that let go of each other's memory in turn would have to be told when
 
