@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 -m benchmarks.context_parallel --engine FOLDER --single FOLDER
 
 FOLDER are engine directories of one slug and the same weights, built with and without `--context-parallel`. Clips of
-one and of all take turns; reported are the ratios of neighbours, the memory of every rank, how far the clips are apart,
-and what the exchanges of a pass take by themselves.
+all, of all with nothing but collectives between them (on GPUs), and of one take turns; reported are the ratios of
+neighbours, the memory of every rank, how far the clips are apart, and what the exchanges of a pass take by themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from benchmarks.latency import CLIP_LATENT_FRAMES
 from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import ratios, significant, spread
 from benchmarks.timing import time_calls
-from causal_forcing.plugins.token_ops import exchange_to_heads, exchange_to_tokens, share_of
+from causal_forcing.plugins.fused_op import register_fused_ops
+from causal_forcing.plugins.ranks import collectives_only
+from causal_forcing.plugins.token_ops import share_of
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import read_manifest
@@ -64,11 +66,15 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     chunks = arguments.total_blocks or CLIP_LATENT_FRAMES // config.geometry.chunk_frames
     together, together_bytes = open_session(arguments.engine, device, chunks)
     alone, alone_bytes = open_session(arguments.single, device, chunks) if rank == 0 else (None, 0)
-    plain: dict[str, list[Clip]] = {"ranks": [], "one": []}
-    staged: dict[str, list[Clip]] = {"ranks": [], "one": []}
+    sessions: dict[str, TimedSession | None] = {"ranks": together, "one": alone}
+    if device.type == "cuda":
+        with collectives_only():
+            sessions = {"collectives": open_session(arguments.engine, device, chunks)[0], **sessions}
+    plain: dict[str, list[Clip]] = {name: [] for name in sessions}
+    staged: dict[str, list[Clip]] = {name: [] for name in sessions}
     for index in range(arguments.warm_ups + arguments.repeats + 1):
         is_staged = index == arguments.warm_ups + arguments.repeats
-        for name, session in (("ranks", together), ("one", alone)):
+        for name, session in sessions.items():
             dist.barrier()
             if session is not None:
                 clip = session.clip(staged=is_staged)
@@ -79,6 +85,8 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     reference = None if alone is None else alone.first_latents()
     dist.barrier()
     exchange_ms = time_exchanges(config, device)
+    with collectives_only():
+        collective_ms = time_exchanges(config, device)
     bytes_of_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(bytes_of_rank, together_bytes)
     if rank > 0:
@@ -103,7 +111,9 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
         "conditions": conditions,
         "ranks": {**summarise(plain["ranks"], staged["ranks"]), "bytes_of_rank": bytes_of_rank},
         "one": {**summarise(plain["one"], staged["one"]), "bytes_of_rank": [alone_bytes]},
+        **({"collectives": summarise(plain["collectives"], staged["collectives"])} if "collectives" in plain else {}),
         "exchange_of_a_pass_ms": spread(exchange_ms),
+        "collective_exchange_of_a_pass_ms": spread(collective_ms),
         "ratios": {
             "fps": ratios([clip.total_ms for clip in plain["one"]], [clip.total_ms for clip in plain["ranks"]]),
             "last_step": ratios(*([clip.step_ms[-2:][0] for clip in plain[name]] for name in ("one", "ranks"))),
@@ -129,16 +139,21 @@ def open_session(folder: Path, device: torch.device, chunks: int) -> tuple[Timed
 
 
 def time_exchanges(config: EngineConfig, device: torch.device) -> list[float]:
-    """Time the exchanges of one denoising pass with nothing between them; milliseconds of each repeat."""
+    """Time norms, RoPE and exchanges of one denoising pass, nothing between them; milliseconds of each repeat."""
+    register_fused_ops()
+    ours = torch.ops.causal_forcing
     spec, ranks = config.variant.model.dit, config.context_parallel
     tokens = config.geometry.chunk_tokens
-    shape = (1, share_of(tokens, ranks), spec.num_heads, spec.head_dim)
-    q, k, v = torch.zeros((3, *shape), dtype=getattr(torch, config.dtype), device=device).transpose(2, 3).unbind()
+    share, dtype = share_of(tokens, ranks), getattr(torch, config.dtype)
+    q, k, v = torch.zeros((3, 1, share, spec.dim), dtype=dtype, device=device).unbind()
+    weight, phase = q.new_ones(spec.dim), torch.zeros(share, spec.head_dim // 2, device=device)
+    projected = (q, k, v, weight, weight, phase, phase, spec.num_heads, spec.eps)
 
+    @torch.inference_mode()
     def exchange() -> None:
         for _ in range(spec.num_layers):
-            whole = exchange_to_heads(q, k, v, ranks, 1, tokens)
-            exchange_to_tokens(whole[:, :, 0].transpose(1, 2), ranks, 1)
+            whole = ours.projected_exchange(*projected, ranks, 1, tokens)
+            ours.exchange_to_tokens(whole[:, :, 0].transpose(1, 2), ranks, 1)
 
     call: Any = exchange
     if device.type == "cuda":

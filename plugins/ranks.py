@@ -79,7 +79,7 @@ class ProcessGroup:
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
         """See `Ranks.symmetric_buffer`. The first call for a buffer is made by all ranks at the same point."""
-        if not (like.is_cuda and reach_each_other(self.size)):
+        if _collectives_only.get() or not (like.is_cuda and reach_each_other(self.size)):
             return None
         group = self.group or _default_group()
         buffers = _symmetric_buffers.setdefault(group, {})
@@ -121,6 +121,7 @@ class Rehearsal:
 
 
 _rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)
+_collectives_only = contextvars.ContextVar("collectives only", default=False)
 
 
 @contextlib.contextmanager
@@ -131,6 +132,16 @@ def rehearse(size: int) -> Iterator[None]:
         yield
     finally:
         _rehearsal.reset(token)
+
+
+@contextlib.contextmanager
+def collectives_only() -> Iterator[None]:
+    """Let everything that ranks exchange inside go through the process group, to compare the two ways."""
+    token = _collectives_only.set(True)
+    try:
+        yield
+    finally:
+        _collectives_only.reset(token)
 
 
 def count_ranks() -> int:

@@ -7,6 +7,8 @@ there, and a barrier tells when all have. The memory, its mapping and the barrie
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,9 +44,13 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
     return SymmetricBuffer(own=own, offsets=torch.tensor(offsets, device=own.device), barrier=handle.barrier)
 
 
+@functools.cache
 def reach_each_other(ranks: int) -> bool:
-    """Return whether the first GPUs of this machine, one a rank, can all write into each other's memory."""
-    if torch.cuda.device_count() < ranks:
+    """Return whether the first GPUs of this machine, one a rank, can all write into each other's memory.
+
+    NCCL's variable for machines on which they claim to and cannot, `NCCL_P2P_DISABLE=1`, counts here too.
+    """
+    if os.environ.get("NCCL_P2P_DISABLE") == "1" or torch.cuda.device_count() < ranks:
         return False
     pairs = ((one, other) for one in range(ranks) for other in range(ranks) if one != other)
     return all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)

@@ -86,6 +86,9 @@ class ThreadRank:
     def share(self, x: torch.Tensor) -> None:
         raise AssertionError("the decoder shares nothing")
 
+    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> None:
+        raise AssertionError("the decoder's ranks do not write into each other's memory")
+
 
 @pytest.fixture
 def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], T]], list[T]]:

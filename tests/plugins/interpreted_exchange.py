@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -47,8 +48,8 @@ def run(launch: str, calls: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
     memory = SharedMemory(len(calls))
     results = []
     for index, arguments in enumerate(calls):
-        exchange_launch.current_ranks = lambda size, index=index: memory.rank(index)
-        results.append(getattr(exchange_launch, launch)(*arguments))
+        with mock.patch.object(exchange_launch, "current_ranks", return_value=memory.rank(index)):
+            results.append(getattr(exchange_launch, launch)(*arguments))
     return results
 
 

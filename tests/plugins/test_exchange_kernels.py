@@ -30,7 +30,7 @@ def rand(*shape: int, seed: int) -> torch.Tensor:
 
 def share(x: torch.Tensor, rank: int, ranks: int, segments: int, axis: int = 1) -> torch.Tensor:
     """Return a rank's tokens: its part of each segment."""
-    by_segment = x.unflatten(axis, (segments, -1))
+    by_segment = torch.unflatten(x, axis, (segments, -1))
     return by_segment.chunk(ranks, axis + 1)[rank].flatten(axis, axis + 1).contiguous()
 
 
@@ -57,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             )
             for rank in range(ranks)
         ]
-        attended = q.unflatten(2, (ranks, -1, DEPTH)).unbind(2)  # each [B, G·L, n, D]
+        attended = torch.unflatten(q, 2, (ranks, -1, DEPTH)).unbind(2)  # each [B, G·L, n, D]
         to_tokens = [(attended[rank].contiguous().transpose(1, 2), ranks, segments) for rank in range(ranks)]
         cases += [("launch_projected_exchange", to_heads), ("launch_exchange_to_tokens", to_tokens)]
     folder = tmp_path_factory.mktemp("exchange")
@@ -77,7 +77,7 @@ def test_every_rank_has_all_tokens_of_its_heads(name: str, results: dict[str, An
     queries, keys = (
         norm_rope(x, weight, cos, sin, heads, EPS) for x, weight in ((q, q_weight), (k, k_weight))
     )  # each [B, N, G·L, D]
-    values = v.unflatten(2, (heads, DEPTH)).transpose(1, 2)
+    values = torch.unflatten(v, 2, (heads, DEPTH)).transpose(1, 2)
     own = heads // ranks
     for rank, got in enumerate(results[name][0]):
         want = torch.stack([x[:, rank * own : (rank + 1) * own] for x in (queries, keys, values)], dim=2)
@@ -87,7 +87,7 @@ def test_every_rank_has_all_tokens_of_its_heads(name: str, results: dict[str, An
 @pytest.mark.parametrize("name", CASES)
 def test_every_rank_has_all_heads_of_its_tokens(name: str, results: dict[str, Any]) -> None:
     ranks, heads, segments, tokens = CASES[name]
-    attended = make_projections(ranks, heads, segments, tokens)[0].unflatten(2, (heads, DEPTH))
+    attended = torch.unflatten(make_projections(ranks, heads, segments, tokens)[0], 2, (heads, DEPTH))
     for rank, got in enumerate(results[name][1]):
         want = share(attended, rank, ranks, segments).transpose(1, 2)
         torch.testing.assert_close(got, want, atol=0, rtol=0)

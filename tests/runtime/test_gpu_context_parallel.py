@@ -1,4 +1,4 @@
-"""Two GPUs make the clip that one makes: collectives in captured graphs, and the kernels between them."""
+"""Two GPUs make the clip that one makes: stores and collectives in captured graphs, and the kernels between them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ CASES = {
     "bf16, heads as wide as the model's": (
         ClipCase(slug="tiny", blocks=4, geometry=SMALL, backend="cuda", precision="bf16", wide=True),
         3e-2,
+    ),
+    "fp32, exchanged by NCCL": (
+        ClipCase(slug="tiny", blocks=4, geometry=SMALL, backend="cuda", collectives=True),
+        1e-4,
     ),
 }
 """Clips, and the error allowed relative to the latents' norm."""
