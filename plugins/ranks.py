@@ -79,7 +79,7 @@ class ProcessGroup:
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
         """See `Ranks.symmetric_buffer`. The first call for a buffer is made by all ranks at the same point."""
-        if _collectives_only.get() or not (like.is_cuda and reach_each_other(self.size)):
+        if not _share_memory(self.size, like):
             return None
         group = self.group or _default_group()
         buffers = _symmetric_buffers.setdefault(group, {})
@@ -114,7 +114,7 @@ class Rehearsal:
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
         """See `Ranks.symmetric_buffer`: this rank's own, for all of them."""
-        if not like.is_cuda:
+        if not _share_memory(self.size, like):
             return None
         offsets = torch.zeros(self.size, dtype=torch.int64, device=like.device)
         return SymmetricBuffer(own=like.new_empty(shape), offsets=offsets, barrier=lambda: None)
@@ -142,6 +142,10 @@ def collectives_only() -> Iterator[None]:
         yield
     finally:
         _collectives_only.reset(token)
+
+
+def _share_memory(size: int, like: torch.Tensor) -> bool:
+    return like.is_cuda and not _collectives_only.get() and reach_each_other(size)
 
 
 def count_ranks() -> int:

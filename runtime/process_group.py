@@ -109,6 +109,8 @@ class RankGroup:
             torch.cuda.set_device(device)
         # A connection of its own: what is blocked in it is blocked alone.
         store: Any = open_store(self._place, serves=False, timeout_s=CONNECT_S, part="collectives")
+        # Ranks also meet at it when they map each other's memory, before which each has loaded its engine.
+        store.set_timeout(datetime.timedelta(seconds=COLLECTIVE_S))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=store,
