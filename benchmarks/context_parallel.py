@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 -m benchmarks.context_parallel --engine FOLDER --single FOLDER
 
 FOLDER are engine directories of one slug and the same weights, built with and without `--context-parallel`. Clips of
-all, of all with nothing but collectives between them (on GPUs), and of one take turns; reported are the ratios of
-neighbours, the memory of every rank, how far the clips are apart, and what the exchanges of a pass take by themselves.
+all, of all whose layers exchange by stores (where GPUs reach each other's memory), and of one take turns; reported are
+the ratios of neighbours, the memory of every rank, how far the clips are apart, and what the exchanges of a pass take.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from benchmarks.records import add_record_arguments, write_record
 from benchmarks.statistics import ratios, significant, spread
 from benchmarks.timing import time_calls
 from causal_forcing.plugins.fused_op import register_fused_ops
-from causal_forcing.plugins.ranks import collectives_only
+from causal_forcing.plugins.ranks import exchanging_by_stores
+from causal_forcing.plugins.symmetric_buffer import reach_each_other
 from causal_forcing.plugins.token_ops import share_of
 from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.loading import load_engines
@@ -67,11 +68,12 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     together, together_bytes = open_session(arguments.engine, device, chunks)
     alone, alone_bytes = open_session(arguments.single, device, chunks) if rank == 0 else (None, 0)
     sessions: dict[str, TimedSession | None] = {"ranks": together, "one": alone}
-    if device.type == "cuda":
-        with collectives_only():
-            sessions = {"collectives": open_session(arguments.engine, device, chunks)[0], **sessions}
-    plain: dict[str, list[Clip]] = {name: [] for name in sessions}
-    staged: dict[str, list[Clip]] = {name: [] for name in sessions}
+    stores = device.type == "cuda" and reach_each_other(dist.get_world_size())
+    if stores:
+        with exchanging_by_stores():
+            sessions = {"stores": open_session(arguments.engine, device, chunks)[0], **sessions}
+    plain: Clips = {name: [] for name in sessions}
+    staged: Clips = {name: [] for name in sessions}
     for index in range(arguments.warm_ups + arguments.repeats + 1):
         is_staged = index == arguments.warm_ups + arguments.repeats
         for name, session in sessions.items():
@@ -85,8 +87,8 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     reference = None if alone is None else alone.first_latents()
     dist.barrier()
     exchange_ms = time_exchanges(config, device)
-    with collectives_only():
-        collective_ms = time_exchanges(config, device)
+    with exchanging_by_stores():
+        stores_ms = time_exchanges(config, device) if stores else []
     bytes_of_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(bytes_of_rank, together_bytes)
     if rank > 0:
@@ -111,16 +113,36 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
         "conditions": conditions,
         "ranks": {**summarise(plain["ranks"], staged["ranks"]), "bytes_of_rank": bytes_of_rank},
         "one": {**summarise(plain["one"], staged["one"]), "bytes_of_rank": [alone_bytes]},
-        **({"collectives": summarise(plain["collectives"], staged["collectives"])} if "collectives" in plain else {}),
         "exchange_of_a_pass_ms": spread(exchange_ms),
-        "collective_exchange_of_a_pass_ms": spread(collective_ms),
-        "ratios": {
-            "fps": ratios([clip.total_ms for clip in plain["one"]], [clip.total_ms for clip in plain["ranks"]]),
-            "last_step": ratios(*([clip.step_ms[-2:][0] for clip in plain[name]] for name in ("one", "ranks"))),
-            "dit": ratios(*([dit_ms(clip) for clip in staged[name]] for name in ("one", "ranks"))),
-            "decode": ratios(*([clip.stage_ms[-1]["decode"] for clip in staged[name]] for name in ("one", "ranks"))),
-        },
+        "ratios": compare(plain, staged, "ranks"),
+        **(stores_part(plain, staged, stores_ms) if stores else {}),
         "first_latents_relative_error": error,
+    }
+
+
+Clips = dict[str, list[Clip]]
+"""By what made them: `ranks`, `stores` or `one`."""
+
+
+def compare(plain: Clips, staged: Clips, name: str) -> dict[str, Any]:
+    """Return how many times faster than one rank's these clips are."""
+    pair = ("one", name)
+    return {
+        "fps": ratios(*([clip.total_ms for clip in plain[which]] for which in pair)),
+        "last_step": ratios(*([clip.step_ms[-2:][0] for clip in plain[which]] for which in pair)),
+        "dit": ratios(*([dit_ms(clip) for clip in staged[which]] for which in pair)),
+        "decode": ratios(*([clip.stage_ms[-1]["decode"] for clip in staged[which]] for which in pair)),
+    }
+
+
+def stores_part(plain: Clips, staged: Clips, exchange_ms: list[float]) -> dict[str, Any]:
+    """Return what a record says of exchanges by stores."""
+    return {
+        "stores": {
+            **summarise(plain["stores"], staged["stores"]),
+            "exchange_of_a_pass_ms": spread(exchange_ms),
+            "ratios": compare(plain, staged, "stores"),
+        }
     }
 
 

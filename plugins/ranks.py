@@ -1,8 +1,8 @@
 """The processes that make one clip together, one a GPU, and what they hand each other.
 
-Data goes through torch's process groups: NCCL between GPUs, gloo between CPUs. What every layer exchanges goes through
-memory that all ranks write into, where their GPUs reach each other's. Everything here can be captured in a CUDA graph,
-once it has run before.
+Data goes through torch's process groups: NCCL between GPUs, gloo between CPUs. What every layer exchanges can go
+through memory that all ranks write into instead, see `exchanging_by_stores`. Everything here can be captured in a CUDA
+graph, once it has run before.
 
 The collectives of a group have one order on all ranks. Passes use torch's default group. The decoder has one of its
 own, for it runs beside the passes: which of them comes first may differ from rank to rank.
@@ -44,7 +44,7 @@ class Ranks(Protocol):
         """Give every rank what the first one has in `x`, in place."""
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
-        """Return the buffer of a use, shape and type, on the device of `like`; None where ranks share no memory.
+        """Return the buffer of a use, shape and type, on the device of `like`; None where ranks write into none.
 
         What it holds stays until it is written again. Between two times that a use is written lies another exchange
         among all ranks: who came there has read what it got before.
@@ -79,7 +79,7 @@ class ProcessGroup:
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
         """See `Ranks.symmetric_buffer`. The first call for a buffer is made by all ranks at the same point."""
-        if not _share_memory(self.size, like):
+        if not (_by_stores.get() and like.is_cuda and reach_each_other(self.size)):
             return None
         group = self.group or _default_group()
         buffers = _symmetric_buffers.setdefault(group, {})
@@ -112,16 +112,12 @@ class Rehearsal:
     def share(self, x: torch.Tensor) -> None:
         """See `Ranks.share`."""
 
-    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
-        """See `Ranks.symmetric_buffer`: this rank's own, for all of them."""
-        if not _share_memory(self.size, like):
-            return None
-        offsets = torch.zeros(self.size, dtype=torch.int64, device=like.device)
-        return SymmetricBuffer(own=like.new_empty(shape), offsets=offsets, barrier=lambda: None)
+    def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> None:
+        """See `Ranks.symmetric_buffer`."""
 
 
 _rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)
-_collectives_only = contextvars.ContextVar("collectives only", default=False)
+_by_stores = contextvars.ContextVar("by stores", default=False)
 
 
 @contextlib.contextmanager
@@ -135,17 +131,13 @@ def rehearse(size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collectives_only() -> Iterator[None]:
-    """Let everything that ranks exchange inside go through the process group, to compare the two ways."""
-    token = _collectives_only.set(True)
+def exchanging_by_stores(wanted: bool = True) -> Iterator[None]:
+    """Let GPUs write what every layer exchanges into each other's memory inside, where all of them reach it."""
+    token = _by_stores.set(wanted)
     try:
         yield
     finally:
-        _collectives_only.reset(token)
-
-
-def _share_memory(size: int, like: torch.Tensor) -> bool:
-    return like.is_cuda and not _collectives_only.get() and reach_each_other(size)
+        _by_stores.reset(token)
 
 
 def count_ranks() -> int:

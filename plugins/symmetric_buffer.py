@@ -8,7 +8,6 @@ there, and a barrier tells when all have. The memory, its mapping and the barrie
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,9 +35,15 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
         shape: The same on all ranks.
         like: Gives type and device.
         group: Its ranks' GPUs reach each other's memory, see `reach_each_other`.
+
+    Raises:
+        RuntimeError: The driver or the container does not let processes map each other's memory.
     """
-    own = symmetric_memory.empty(*shape, dtype=like.dtype, device=like.device)
-    handle = symmetric_memory.rendezvous(own, group)
+    try:
+        own = symmetric_memory.empty(*shape, dtype=like.dtype, device=like.device)
+        handle = symmetric_memory.rendezvous(own, group)
+    except RuntimeError as error:
+        raise RuntimeError(f"ranks cannot map each other's GPU memory ({error}): exchange by collectives") from error
     addresses = [handle.get_buffer(rank, own.shape, own.dtype).data_ptr() for rank in range(handle.world_size)]
     offsets = [(address - own.data_ptr()) // own.element_size() for address in addresses]
     return SymmetricBuffer(own=own, offsets=torch.tensor(offsets, device=own.device), barrier=handle.barrier)
@@ -46,11 +51,8 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
 
 @functools.cache
 def reach_each_other(ranks: int) -> bool:
-    """Return whether the first GPUs of this machine, one a rank, can all write into each other's memory.
-
-    NCCL's variable for machines on which they claim to and cannot, `NCCL_P2P_DISABLE=1`, counts here too.
-    """
-    if os.environ.get("NCCL_P2P_DISABLE") == "1" or torch.cuda.device_count() < ranks:
+    """Return whether the first GPUs of this machine, one a rank, can all write into each other's memory."""
+    if torch.cuda.device_count() < ranks:
         return False
     pairs = ((one, other) for one in range(ranks) for other in range(ranks) if one != other)
     return all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)

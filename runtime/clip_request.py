@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from causal_forcing.runtime.config import TEXT_ENCODER_USES, GenerateConfig
 from causal_forcing.runtime.engine_options import EngineOptions
+from causal_forcing.runtime.environment import rank_exchange
 from causal_forcing.runtime.errors import (
     EngineNotFoundError,
     ImageError,
@@ -67,6 +68,8 @@ def check_request(request: ClipRequest, *, writes: bool = True) -> npt.NDArray[n
     options, generate = request.options, request.generate
     variant = options.variant()
     geometry = options.geometry()
+    if options.ranks > 1:
+        rank_exchange()
     if writes:
         _check_output(request)
     if request.engine_folder is not None:

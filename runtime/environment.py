@@ -1,7 +1,7 @@
 """What this process was started in: its installation, its cache folder, and its place among ranks.
 
-Environment variables are read here and nowhere else: `CAUSAL_FORCING_HOME` moves the cache folder. No framework is
-imported here.
+Environment variables are read here and nowhere else: `CAUSAL_FORCING_HOME` moves the cache folder,
+`CAUSAL_FORCING_EXCHANGE` says how ranks hand each other data. No framework is imported here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from causal_forcing.runtime.errors import UsageError
 
 DISTRIBUTION = "causal-forcing-engine"
 LOCALHOST = "127.0.0.1"
+EXCHANGE_VARIABLE = "CAUSAL_FORCING_EXCHANGE"
+EXCHANGES = ("collectives", "stores")
+"""How the layers of several ranks exchange, the default first."""
 
 
 def cache_folder() -> Path:
@@ -31,6 +34,18 @@ def package_version() -> str:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
         return "unknown"
+
+
+def rank_exchange() -> str:
+    """Return which of `EXCHANGES` the layers of several ranks are to use.
+
+    Raises:
+        UsageError: The variable names another.
+    """
+    way = os.environ.get(EXCHANGE_VARIABLE) or EXCHANGES[0]
+    if way not in EXCHANGES:
+        raise UsageError(f"{EXCHANGE_VARIABLE} is {way!r}, expected {' or '.join(EXCHANGES)}: unset it for the first")
+    return way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

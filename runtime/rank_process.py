@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 from causal_forcing.runtime import console
 from causal_forcing.runtime.config import op_digest
-from causal_forcing.runtime.environment import LaunchedRank, launched_rank, package_version
+from causal_forcing.runtime.environment import (
+    EXCHANGE_VARIABLE,
+    LaunchedRank,
+    launched_rank,
+    package_version,
+    rank_exchange,
+)
 from causal_forcing.runtime.errors import RanksEndedError, UsageError
 from causal_forcing.runtime.interruption import heeded
 
@@ -67,6 +73,7 @@ def decisive(request: ClipRequest, image_sha256: str | None) -> dict[str, object
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
     options |= {
         "SLUG": options.pop("--slug"),
+        EXCHANGE_VARIABLE: rank_exchange(),
         "the image": image_sha256,
         "the version of this program": f"{package_version()}-{op_digest()}",
     }

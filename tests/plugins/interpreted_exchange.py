@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from causal_forcing.plugins.kernels import exchange_launch
-from causal_forcing.plugins.ranks import Rehearsal
 from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
 
 
@@ -28,19 +28,17 @@ class SharedMemory:
         self.size = size
         self.buffers: torch.Tensor | None = None
 
-    def rank(self, index: int) -> Rehearsal:
+    def rank(self, index: int) -> SimpleNamespace:
         """Return what stands for one of them."""
-        memory = self
 
-        class Rank(Rehearsal):
-            def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer:
-                if memory.buffers is None:
-                    memory.buffers = torch.full((self.size, *shape), float("nan"), dtype=like.dtype)
-                own = memory.buffers[self.index]
-                offsets = (torch.arange(self.size) - self.index) * own.numel()
-                return SymmetricBuffer(own=own, offsets=offsets, barrier=lambda: None)
+        def symmetric_buffer(use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer:
+            if self.buffers is None:
+                self.buffers = torch.full((self.size, *shape), float("nan"), dtype=like.dtype)
+            own = self.buffers[index]
+            offsets = (torch.arange(self.size) - index) * own.numel()
+            return SymmetricBuffer(own=own, offsets=offsets, barrier=lambda: None)
 
-        return Rank(size=self.size, index=index)
+        return SimpleNamespace(size=self.size, index=index, symmetric_buffer=symmetric_buffer)
 
 
 def run(launch: str, calls: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:

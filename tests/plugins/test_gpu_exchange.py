@@ -59,7 +59,7 @@ def exchange(rank: int, folder: Path) -> None:
             backs.append(ours.exchange_to_tokens(whole[:, :, 0].transpose(1, 2), RANKS, SEGMENTS).clone())
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.inference_mode(), torch.cuda.stream(stream):
+    with torch.inference_mode(), torch.cuda.stream(stream), ranks.exchanging_by_stores():
         run_pass()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -23,7 +23,7 @@ from causal_forcing.build_engines.model_loading import RandomModels
 from causal_forcing.build_engines.quantization.head_scales import HeadScales
 from causal_forcing.build_engines.quantization.passes import ModuleEngine
 from causal_forcing.build_engines.quantization.recipe import Recipe
-from causal_forcing.plugins.ranks import collectives_only, decoding_ranks
+from causal_forcing.plugins.ranks import decoding_ranks, exchanging_by_stores
 from causal_forcing.plugins.row_ops import gather_rows
 from causal_forcing.plugins.token_ops import gather_tokens
 from causal_forcing.runtime.config import EngineConfig
@@ -56,8 +56,8 @@ class ClipCase:
     precision: str = "fp32"
     wide: bool = False
     """Whether heads are as wide as the released model's, for the kernels made for them."""
-    collectives: bool = False
-    """Whether ranks on GPUs hand each other everything by collectives."""
+    stores: bool = False
+    """Whether GPUs write what layers exchange into each other's memory."""
     crossed: bool = False
     """No clip: see `cross_collectives`."""
 
@@ -72,9 +72,9 @@ class ClipCase:
 
 def make_clip(case: ClipCase, ranks: int, index: int = 0, device: str = "cpu") -> dict[str, Any]:
     """Make a clip as one of so many ranks; every rank but the first gets a prompt and an image of its own to ignore."""
-    if case.collectives:
-        with collectives_only():
-            return make_clip(replace(case, collectives=False), ranks, index, device)
+    if case.stores:
+        with exchanging_by_stores():
+            return make_clip(replace(case, stores=False), ranks, index, device)
     if case.crossed:
         return cross_collectives(ranks, index)
     if case.golden is not None:

@@ -23,9 +23,10 @@ CASES = {
         ClipCase(slug="tiny", blocks=4, geometry=SMALL, backend="cuda", precision="bf16", wide=True),
         3e-2,
     ),
-    "fp32, exchanged by NCCL": (
-        ClipCase(slug="tiny", blocks=4, geometry=SMALL, backend="cuda", collectives=True),
-        1e-4,
+    "fp32, exchanged by stores": (ClipCase(slug="tiny", blocks=5, geometry=SMALL, backend="cuda", stores=True), 1e-4),
+    "bf16, exchanged by stores": (
+        ClipCase(slug="tiny", blocks=4, geometry=SMALL, backend="cuda", precision="bf16", wide=True, stores=True),
+        3e-2,
     ),
 }
 """Clips, and the error allowed relative to the latents' norm."""

@@ -17,6 +17,8 @@ from typing import Any
 import av
 import pytest
 
+from causal_forcing.runtime.environment import EXCHANGE_VARIABLE
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Refuses = Callable[..., str]
 PROGRAMS = Path(sys.executable).parent
@@ -191,6 +193,14 @@ def test_port_in_use_is_refused_in_a_line(tmp_path: Path) -> None:
 )
 def test_what_no_ranks_can_do_is_refused_before_any_starts(refuses: Refuses, words: list[str], said: str) -> None:
     assert said in refuses("cf-generate", *ASK[:-2], *words)
+
+
+def test_exchange_that_there_is_none_of_is_refused_before_any_starts(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EXCHANGE_VARIABLE, "pigeons")
+    said = refuses("cf-generate", *ASK, "--context-parallel", "2")
+    assert "CAUSAL_FORCING_EXCHANGE is 'pigeons', expected collectives or stores: unset it for the first" in said
 
 
 def test_context_parallel_beside_another_torchrun_is_refused(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
