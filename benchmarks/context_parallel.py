@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 -m benchmarks.context_parallel --engine FOLDER --single FOLDER
 
 FOLDER are engine directories of one slug and the same weights, built with and without `--context-parallel`. Clips of
-all, of all whose layers exchange by stores (where GPUs reach each other's memory), and of one take turns; reported are
-the ratios of neighbours, the memory of every rank, how far the clips are apart, and what the exchanges of a pass take.
+all, with `--stores` of all whose layers exchange by stores too, and of one take turns; reported are the ratios of
+neighbours, the memory of every rank, how far the clips are apart, and what the exchanges of a pass take by themselves.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--single", type=Path, required=True, help="engine directory for one rank")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--total-blocks", type=int, help="chunks of a clip; 81 frames where left out")
+    parser.add_argument("--stores", action="store_true", help="also by stores, on GPUs that reach each other's memory")
     parser.add_argument("--warm-ups", type=int, default=1, help="clips before those that count")
     parser.add_argument("--repeats", type=int, default=3, help="clips that count")
     add_record_arguments(parser)
@@ -54,6 +55,8 @@ def main() -> None:
         dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
+    if arguments.stores and not (device.type == "cuda" and reach_each_other(dist.get_world_size())):
+        parser.error("--stores needs GPUs that reach each other's memory")
     record = measure(arguments, rank, device)
     if rank == 0:
         write_record(record, arguments.output, device=f"{dist.get_world_size()}x-{device_slug(device)}")
@@ -68,8 +71,7 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     together, together_bytes = open_session(arguments.engine, device, chunks)
     alone, alone_bytes = open_session(arguments.single, device, chunks) if rank == 0 else (None, 0)
     sessions: dict[str, TimedSession | None] = {"ranks": together, "one": alone}
-    stores = device.type == "cuda" and reach_each_other(dist.get_world_size())
-    if stores:
+    if arguments.stores:
         with exchanging_by_stores():
             sessions = {"stores": open_session(arguments.engine, device, chunks)[0], **sessions}
     plain: Clips = {name: [] for name in sessions}
@@ -88,7 +90,7 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     dist.barrier()
     exchange_ms = time_exchanges(config, device)
     with exchanging_by_stores():
-        stores_ms = time_exchanges(config, device) if stores else []
+        stores_ms = time_exchanges(config, device) if arguments.stores else []
     bytes_of_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(bytes_of_rank, together_bytes)
     if rank > 0:
@@ -115,7 +117,7 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
         "one": {**summarise(plain["one"], staged["one"]), "bytes_of_rank": [alone_bytes]},
         "exchange_of_a_pass_ms": spread(exchange_ms),
         "ratios": compare(plain, staged, "ranks"),
-        **(stores_part(plain, staged, stores_ms) if stores else {}),
+        **(stores_part(plain, staged, stores_ms) if arguments.stores else {}),
         "first_latents_relative_error": error,
     }
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import _symmetric_memory as symmetric_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +38,8 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
     Raises:
         RuntimeError: The driver or the container does not let processes map each other's memory.
     """
+    from torch.distributed import _symmetric_memory as symmetric_memory  # alpha: met by those alone who use it
+
     try:
         own = symmetric_memory.empty(*shape, dtype=like.dtype, device=like.device)
         handle = symmetric_memory.rendezvous(own, group)
