@@ -21,9 +21,12 @@ Refuses = Callable[..., str]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Keep to the cores of a small machine: more threads than cores make torch crawl."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def own_cores() -> None:
+    """Keep to this worker's share of a small machine's cores, with the programs that tests start: others wait busily."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = min(2, max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.fixture(scope="session")
