@@ -22,7 +22,7 @@ Refuses = Callable[..., str]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cores() -> None:
-    """Keep to this worker's share of a small machine's cores, with the programs that tests start: others wait busily."""
+    """Keep to this worker's share of a small machine's cores, programs that tests start too: more threads only wait."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = min(2, max(1, (os.cpu_count() or 1) // workers))
     torch.set_num_threads(threads)
