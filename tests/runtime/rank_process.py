@@ -38,6 +38,7 @@ from causal_forcing.runtime.session import Chunk, VideoSession
 from tests.parity import adapter
 from tests.parity.test_golden import GOLDEN, MANIFEST
 from tests.runtime.cuda_engine_process import WIDE
+from tests.runtime.stores_on_cpu import exchange_by_stores_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class ClipCase:
     wide: bool = False
     """Whether heads are as wide as the released model's, for the kernels made for them."""
     stores: bool = False
-    """Whether GPUs write what layers exchange into each other's memory."""
+    """Whether ranks write what layers exchange into each other's memory; on CPUs a process's last clip."""
     crossed: bool = False
     """No clip: see `cross_collectives`."""
 
@@ -162,7 +163,9 @@ def spawn(function: Callable[..., None], ranks: int, *args: object) -> None:
 
 def run_ranks(cases: list[ClipCase], ranks: int, folder: Path, *, on_gpus: bool = False) -> list[list[dict[str, Any]]]:
     """Make clips by so many processes, on CPUs or each on a GPU; returns what each rank made of each case."""
-    spawn(_run, ranks, cases, ranks, folder, on_gpus)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0" if on_gpus else "1")
+        spawn(_run, ranks, cases, ranks, folder, on_gpus)
     return [torch.load(folder / f"{ranks}-{index}.pt", weights_only=False) for index in range(ranks)]
 
 
@@ -178,6 +181,11 @@ def _run(index: int, cases: list[ClipCase], ranks: int, folder: Path, on_gpus: b
         world_size=ranks,
         timeout=timedelta(seconds=120),
     )
-    torch.save([make_clip(case, ranks, index, device) for case in cases], folder / f"{ranks}-{index}.pt")
+    clips = []
+    for case in cases:
+        if case.stores and not on_gpus:
+            exchange_by_stores_on_cpu(folder)
+        clips.append(make_clip(case, ranks, index, device))
+    torch.save(clips, folder / f"{ranks}-{index}.pt")
     gc.collect()  # graphs that hold collectives, before NCCL is left
     dist.destroy_process_group()

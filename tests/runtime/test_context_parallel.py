@@ -31,6 +31,13 @@ CASES = {
     },
 }
 
+STORED = {
+    "by stores, as tapes": ClipCase(
+        slug="tiny", blocks=2, geometry={"pixel_height": 32, "pixel_width": 48}, backend="cuda", stores=True
+    ),
+}
+"""6 tokens a frame; context passes and the denoising passes that follow are one, over two segments."""
+
 GOLDEN_CLIPS = {name: ClipCase(golden=name) for name in ("dit_b_local6_sink1_chunkwise",)}
 """Passes over a window with a sink."""
 
@@ -43,9 +50,11 @@ Made = dict[tuple[int, str], list[dict[str, Any]]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """What each rank made of each case."""
     results: Made = {}
-    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS | {CROSSED: ClipCase(crossed=True)}, 3: CASES[3]}.items():
-        by_rank = run_ranks(list(cases.values()), ranks, tmp_path_factory.mktemp("ranks"))
+    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS | {CROSSED: ClipCase(crossed=True)} | STORED, 3: CASES[3]}.items():
+        folder = tmp_path_factory.mktemp("ranks")
+        by_rank = run_ranks(list(cases.values()), ranks, folder)
         results |= {(ranks, name): list(clips) for name, clips in zip(cases, zip(*by_rank, strict=True), strict=True)}
+        assert bool(list(folder.glob("to-heads-*"))) == (ranks == 2), "a buffer is a file"
     return results
 
 
@@ -59,6 +68,13 @@ def test_every_rank_has_the_clip_that_one_process_makes(ranks: int, name: str, m
     for got in made[ranks, name]:
         torch.testing.assert_close(got["latents"], want["latents"], atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(got["pixels"], want["pixels"], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_rank_has_that_clip_where_layers_exchange_by_stores(name: str, made: Made) -> None:
+    want = make_clip(STORED[name], 1)
+    for got in made[2, name]:
+        torch.testing.assert_close(got["latents"], want["latents"], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(2, "framewise, from an image"), (3, "trained, framewise")])
