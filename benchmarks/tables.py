@@ -179,18 +179,22 @@ def context_parallel_table(folder: Path) -> str:
     )  # fmt: skip
     rows = []
     for record in read_records("context_parallel", folder):
-        for ranks, run in ((1, record["one"]), (record["conditions"]["ranks"], record["ranks"])):
-            memory = sorted({f"{held / GB:.1f} GB" for held in run["bytes_of_rank"]})
+        ranks = str(record["conditions"]["ranks"])
+        runs = {"1": record["one"], ranks: record["ranks"], f"{ranks}, by stores": record.get("stores")}
+        for who, run in runs.items():
+            if run is None:
+                continue
+            memory = sorted({f"{held / GB:.1f} GB" for held in run.get("bytes_of_rank", ())})
             rows.append(
                 (
                     _subject(record),
                     record["conditions"]["precision"],
-                    str(ranks),
+                    who,
                     _spread(run["fps"], 1),
                     _ms(run["first_frames_ms"]["median"]),
                     _percentiles(run["step_ms"]),
                     _ms(run["stages_ms"]["decode"]["p50"]),
-                    ", ".join(memory),
+                    ", ".join(memory) or "–",
                 )
             )
     return table(header, rows)
@@ -205,13 +209,15 @@ def context_parallel_ratios_table(folder: Path) -> str:
     rows = [
         (
             _subject(record),
-            str(record["conditions"]["ranks"]),
-            _spread(record["ratios"]["fps"], 2) + "×",
-            _spread(record["ratios"]["last_step"], 2) + "×",
-            _ms(record["exchange_of_a_pass_ms"]["median"]),
-            f"{record['first_latents_relative_error']:.1e}",
+            str(record["conditions"]["ranks"]) + (", by stores" if run is not record else ""),
+            _spread(run["ratios"]["fps"], 2) + "×",
+            _spread(run["ratios"]["last_step"], 2) + "×",
+            _ms(run["exchange_of_a_pass_ms"]["median"]),
+            f"{record['first_latents_relative_error']:.1e}" if run is record else "–",
         )
         for record in read_records("context_parallel", folder)
+        for run in (record, record.get("stores"))
+        if run is not None
     ]
     return table(header, rows)
 

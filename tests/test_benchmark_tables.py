@@ -120,6 +120,40 @@ def test_a_tiny_decoder_is_named_beside_the_precision_but_not_upstreams(results:
     assert "| `latency`: some-slug, some-backend, bf16, taehv |" in text
 
 
+def test_clips_of_several_ranks_stand_beside_those_of_one_and_by_stores_where_they_were_made(
+    results: Path, tmp_path: Path
+) -> None:
+    conditions = json.loads((results / "latency.json").read_text())["conditions"] | {"ranks": 2}
+    speeds = {"fps": spread(1.5), "last_step": spread(1.25)}
+    clips = {"first_frames_ms": spread(99.9), "step_ms": percentiles(88.8), "stages_ms": {"decode": percentiles(7.0)}}
+    record = {
+        "benchmark": "context_parallel",
+        "conditions": conditions,
+        "one": {**clips, "fps": spread(20.0), "bytes_of_rank": [6 * 10**9]},
+        "ranks": {**clips, "fps": spread(30.0), "bytes_of_rank": [3 * 10**9, 3 * 10**9]},
+        "ratios": speeds,
+        "exchange_of_a_pass_ms": spread(4.5),
+        "first_latents_relative_error": 0.0066,
+        "stores": {
+            **clips,
+            "fps": spread(40.0),
+            "ratios": speeds | {"fps": spread(2.0)},
+            "exchange_of_a_pass_ms": spread(1.5),
+        },
+    }
+    (results / "context_parallel.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("context-parallel", "context-parallel-ratios"))
+    )
+    assert render("--results", results, page).returncode == 0
+    text = page.read_text()
+    for who, speed, memory in (("1", "20.0", "6.0 GB"), ("2", "30.0", "3.0 GB"), ("2, by stores", "40.0", "–")):
+        assert f"| bf16 | {who} | {speed} | 99.9 ms | 88.8 / 88.8 / 88.8 ms | 7 ms | {memory} |" in text
+    assert "| 2 | 1.50× | 1.25× | 4.5 ms | 6.6e-03 |" in text
+    assert "| 2, by stores | 2.00× | 1.25× | 1.5 ms | – |" in text
+
+
 @pytest.mark.parametrize(
     ("conditions", "name"),
     [
