@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.cells import GB, MIB, Record, ms, percentiles, spread, subject, table
+from benchmarks.rank_tables import context_parallel_ratios_table, context_parallel_table
 from benchmarks.records import RESULTS, decoder_words, read_records
-
-Record = dict[str, Any]
-NONE_YET = "No run of this kind is kept yet."
-GB, MIB = 10**9, 2**20
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, or the sentence that says there is none."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join((f"| {' | '.join(header)} |", "|" + "---|" * len(header), *lines)) if lines else NONE_YET
 
 
 def latency_table(folder: Path) -> str:
@@ -29,19 +20,19 @@ def latency_table(folder: Path) -> str:
     for record in read_records("latency", folder):
         for run in record["runs"]:
             if "error" in run:
-                rows.append((_subject(record), run["name"], _precision(record, run), "failed", "–", "–", "–", "–"))
+                rows.append((subject(record), run["name"], _precision(record, run), "failed", "–", "–", "–", "–"))
                 continue
             ratio = record["ratios"].get(run["name"])
             rows.append(
                 (
-                    _subject(record),
+                    subject(record),
                     _what(record, run),
                     _precision(record, run),
-                    _spread(run["fps"], 1),
-                    _ms(run["first_frames_ms"]["median"]),
-                    _percentiles(run["step_ms"]) if "step_ms" in run else "–",
-                    _ms(run["late_dit_step_ms"]["median"]) if "late_dit_step_ms" in run else "–",
-                    "–" if ratio is None else _spread(ratio["fps"], 2) + "×",
+                    spread(run["fps"], 1),
+                    ms(run["first_frames_ms"]["median"]),
+                    percentiles(run["step_ms"]) if "step_ms" in run else "–",
+                    ms(run["late_dit_step_ms"]["median"]) if "late_dit_step_ms" in run else "–",
+                    "–" if ratio is None else spread(ratio["fps"], 2) + "×",
                 )
             )
     return table(header, rows)
@@ -62,13 +53,13 @@ def latency_summary_table(folder: Path) -> str:
             peaks = (run.get("torch_peak_bytes", 0), max(starts, default=0))
             rows.append(
                 (
-                    _subject(record),
+                    subject(record),
                     f"{record['conditions']['backend']}, {_precision(record, run)}",
-                    _spread(run["fps"], 1),
+                    spread(run["fps"], 1),
                     "–" if cold is None else f"{cold['first_frames_s']['median']:.1f} s",
-                    _ms(run["first_frames_ms"]["median"]),
+                    ms(run["first_frames_ms"]["median"]),
                     ", ".join(f"{peak / GB:.1f} GB" if peak else "–" for peak in peaks),
-                    "–" if upstream is None else _spread(upstream["fps"], 2) + "×",
+                    "–" if upstream is None else spread(upstream["fps"], 2) + "×",
                 )
             )
     return table(header, rows)
@@ -79,11 +70,11 @@ def latency_stages_table(folder: Path) -> str:
     header = ("slug, device", "what", "precision", "stage", "p50 / p90 / p99", "calls counted")
     rows = [
         (
-            _subject(record),
+            subject(record),
             _what(record, run),
             _precision(record, run),
             stage.replace("_", " "),
-            _percentiles(values),
+            percentiles(values),
             str(values["n"]),
         )
         for record in read_records("latency", folder)
@@ -104,13 +95,13 @@ def stages_table(folder: Path) -> str:
             filled = entry.get("window_frames_filled")
             rows.append(
                 (
-                    ", ".join((_subject(record), f"{conditions['backend']} {conditions['precision']}", *decoder)),
+                    ", ".join((subject(record), f"{conditions['backend']} {conditions['precision']}", *decoder)),
                     f"`{entry['network']}`",
                     "–" if filled is None else f"{filled} latent frames",
-                    _ms(entry["ms"]["p50"]),
+                    ms(entry["ms"]["p50"]),
                     f"{work:.3g} TFLOP" if work else "–",
                     f"{entry['tflops']:.3g} TFLOP/s" if work else "–",
-                    _ms(entry["floor_ms"]) if "floor_ms" in entry else "–",
+                    ms(entry["floor_ms"]) if "floor_ms" in entry else "–",
                     f"{entry['of_floor']:.0%}" if "of_floor" in entry else "–",
                 )
             )
@@ -171,57 +162,6 @@ def plan_builds_table(folder: Path) -> str:
     return table(header, rows)
 
 
-def context_parallel_table(folder: Path) -> str:
-    """Return clips of several ranks beside those of one, taken in turn."""
-    header = (
-        "slug, device", "precision", "ranks", "frames a second", "first frames, warm", "AR step, p50 / p90 / p99",
-        "decode of a chunk", "torch's memory, each rank",
-    )  # fmt: skip
-    rows = []
-    for record in read_records("context_parallel", folder):
-        ranks = str(record["conditions"]["ranks"])
-        runs = {"1": record["one"], ranks: record["ranks"], f"{ranks}, by stores": record.get("stores")}
-        for who, run in runs.items():
-            if run is None:
-                continue
-            memory = sorted({f"{held / GB:.1f} GB" for held in run.get("bytes_of_rank", ())})
-            rows.append(
-                (
-                    _subject(record),
-                    record["conditions"]["precision"],
-                    who,
-                    _spread(run["fps"], 1),
-                    _ms(run["first_frames_ms"]["median"]),
-                    _percentiles(run["step_ms"]),
-                    _ms(run["stages_ms"]["decode"]["p50"]),
-                    ", ".join(memory) or "–",
-                )
-            )
-    return table(header, rows)
-
-
-def context_parallel_ratios_table(folder: Path) -> str:
-    """Return how many times faster several ranks are than one, and what their exchanges take."""
-    header = (
-        "slug, device", "ranks", "clip", "AR step before the last", "exchanges of a denoising pass, alone",
-        "first latents, relative to one rank's",
-    )  # fmt: skip
-    rows = [
-        (
-            _subject(record),
-            str(record["conditions"]["ranks"]) + (", by stores" if run is not record else ""),
-            _spread(run["ratios"]["fps"], 2) + "×",
-            _spread(run["ratios"]["last_step"], 2) + "×",
-            _ms(run["exchange_of_a_pass_ms"]["median"]),
-            f"{record['first_latents_relative_error']:.1e}" if run is record else "–",
-        )
-        for record in read_records("context_parallel", folder)
-        for run in (record, record.get("stores"))
-        if run is not None
-    ]
-    return table(header, rows)
-
-
 def conditions_table(folder: Path) -> str:
     """Return what the kept runs of clips, stages and attention were taken with."""
     header = ("run", "device", "versions", "commit", "clips or calls")
@@ -278,13 +218,6 @@ def make_table(name: str, folder: Path = RESULTS) -> str:
     return TABLES[name](folder)
 
 
-def _subject(record: Record) -> str:
-    conditions = record["conditions"]
-    geometry = conditions["geometry"]
-    size = f"{geometry['pixel_height']}×{geometry['pixel_width']}"
-    return f"`{conditions['slug']}`, {size}, {conditions['device']}"
-
-
 def _what(record: Record, run: Record) -> str:
     return f"**{record['conditions']['backend']}**" if run["name"] == "engine" else run["name"]
 
@@ -293,20 +226,6 @@ def _precision(record: Record, run: Record) -> str:
     """Return a run's precision, and its decoder where that is not the usual one; upstream knows no other."""
     decoder = [] if run["name"] == "upstream" else decoder_words(record["conditions"])
     return ", ".join((run["precision"], *decoder))
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:,.0f} ms"
-
-
-def _percentiles(values: dict[str, float]) -> str:
-    p50, p90, p99 = (_ms(values[name]).removesuffix(" ms") for name in ("p50", "p90", "p99"))
-    return f"{p50} / {p90} / {p99} ms"
-
-
-def _spread(values: dict[str, float], digits: int) -> str:
-    least, median, most = (f"{values[name]:.{digits}f}" for name in ("min", "median", "max"))
-    return median if least == most else f"{median} ({least}–{most})"
 
 
 def _kernel(figures: Record) -> str:
