@@ -32,6 +32,9 @@ from causal_forcing.runtime.config import EngineConfig
 from causal_forcing.runtime.loading import load_engines
 from causal_forcing.runtime.manifest import read_manifest
 
+Clips = dict[str, list[Clip]]
+"""By what made them: `ranks`, `stores` or `one`."""
+
 TIMEOUT = timedelta(minutes=5)
 """After which a rank that waits for another gives up."""
 
@@ -89,8 +92,10 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
     reference = None if alone is None else alone.first_latents()
     dist.barrier()
     exchange_ms = time_exchanges(config, device)
-    with exchanging_by_stores():
-        stores_ms = time_exchanges(config, device) if arguments.stores else []
+    stores_ms: list[float] = []
+    if arguments.stores:
+        with exchanging_by_stores():
+            stores_ms = time_exchanges(config, device)
     bytes_of_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(bytes_of_rank, together_bytes)
     if rank > 0:
@@ -120,10 +125,6 @@ def measure(arguments: argparse.Namespace, rank: int, device: torch.device) -> d
         **(stores_part(plain, staged, stores_ms) if arguments.stores else {}),
         "first_latents_relative_error": error,
     }
-
-
-Clips = dict[str, list[Clip]]
-"""By what made them: `ranks`, `stores` or `one`."""
 
 
 def compare(plain: Clips, staged: Clips, name: str) -> dict[str, Any]:

@@ -56,6 +56,16 @@ def kernel_of(module: str, function: str) -> Callable[..., Any]:
     return launch
 
 
+def kernel_or_body(kernel: Callable[..., Any], body: Callable[P, R]) -> Callable[P, R]:
+    """Return what runs the kernel, and the body where that returns None: its tensors are not for it."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R | None = kernel(*args, **kwargs)
+        return body(*args, **kwargs) if result is None else result
+
+    return run
+
+
 def fused_op(
     *, kernel: Callable[..., Any] | None = None, mutates: Iterable[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -68,11 +78,8 @@ def fused_op(
     """
 
     def decorate(body: Callable[P, R]) -> Callable[P, R]:
-        def run_on_gpu(*args: P.args, **kwargs: P.kwargs) -> R:
-            result: R | None = None if kernel is None else kernel(*args, **kwargs)
-            return body(*args, **kwargs) if result is None else result
-
-        op = define_op(body.__name__, body, fake=body, on_gpu=run_on_gpu, mutates=mutates)
+        on_gpu = None if kernel is None else kernel_or_body(kernel, body)
+        op = define_op(body.__name__, body, fake=body, on_gpu=on_gpu, mutates=mutates)
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -45,9 +45,14 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
         handle = symmetric_memory.rendezvous(own, group)
     except RuntimeError as error:
         raise RuntimeError(f"ranks cannot map each other's GPU memory ({error}): exchange by collectives") from error
-    addresses = [handle.get_buffer(rank, own.shape, own.dtype).data_ptr() for rank in range(handle.world_size)]
-    offsets = [(address - own.data_ptr()) // own.element_size() for address in addresses]
-    return SymmetricBuffer(own=own, offsets=torch.tensor(offsets, device=own.device), barrier=handle.barrier)
+    buffers = [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(handle.world_size)]
+    return view_buffers(own, buffers, handle.barrier)
+
+
+def view_buffers(own: torch.Tensor, buffers: Sequence[torch.Tensor], barrier: Callable[[], None]) -> SymmetricBuffer:
+    """Return the view of a rank that has this buffer of its own, and those of all ranks as mapped here, in order."""
+    offsets = [(buffer.data_ptr() - own.data_ptr()) // own.element_size() for buffer in buffers]
+    return SymmetricBuffer(own=own, offsets=torch.tensor(offsets, device=own.device), barrier=barrier)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from causal_forcing.plugins.custom_op import define_op
 from causal_forcing.plugins.dit_ops import norm_rope, split_heads
-from causal_forcing.plugins.fused_op import fused_op, kernel_of
+from causal_forcing.plugins.fused_op import fused_op, kernel_of, kernel_or_body
 from causal_forcing.plugins.ranks import current_ranks
 
 
@@ -141,16 +141,11 @@ def _fake_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torc
     return x.new_empty(batch, shares, ranks * own_heads, depth).transpose(1, 2)
 
 
-_launch_exchange_to_tokens = kernel_of("exchange_launch", "launch_exchange_to_tokens")
-
-
-def _exchange_to_tokens_on_gpu(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
-    stored: torch.Tensor | None = _launch_exchange_to_tokens(x, ranks, segments)
-    return _exchange_to_tokens(x, ranks, segments) if stored is None else stored
-
-
 exchange_to_tokens = define_op(
-    "exchange_to_tokens", _exchange_to_tokens, fake=_fake_exchange_to_tokens, on_gpu=_exchange_to_tokens_on_gpu
+    "exchange_to_tokens",
+    _exchange_to_tokens,
+    fake=_fake_exchange_to_tokens,
+    on_gpu=kernel_or_body(kernel_of("exchange_launch", "launch_exchange_to_tokens"), _exchange_to_tokens),
 )
 """exchange_to_tokens(x, ranks, segments): the way back, [B, N/R, G·L, D] to [B, N, G·S, D]."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 
 from causal_forcing.plugins.kernels.exchange import send_tokens_kernel
-from causal_forcing.plugins.kernels.placement_launch import place_projections
-from causal_forcing.plugins.ranks import current_ranks
+from causal_forcing.plugins.kernels.placement_launch import Norms, place_projections
+from causal_forcing.plugins.ranks import Ranks, current_ranks
+from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
 from causal_forcing.plugins.token_ops import exchange_blocks
 
 _ALIGNED = 8
@@ -34,43 +33,36 @@ def launch_projected_exchange(
     if any(tensor.stride(2) != 1 for tensor in (q, k, v)):
         return None
     batch, shares, dim = q.shape
-    share, width, depth = shares // segments, dim // ranks, dim // heads
-    group = current_ranks(ranks)
-    if share * ranks == tokens and width % _ALIGNED == 0:
-        buffer = group.symmetric_buffer("to heads", (batch, segments * tokens, 3, heads // ranks, depth), q)
-        if buffer is not None:
-            for segment in range(segments):
-                rows = slice(segment * share, (segment + 1) * share)
-                first = segment * tokens + group.index * share
-                own = buffer.own.flatten(3)[:, first : first + share, :, None].expand(-1, -1, -1, ranks, -1)
-                queries, keys, values = own.unbind(2)  # each [B, S, R, n·D], as if R were all here
-                norms = (q_weight, k_weight, cos[rows], sin[rows])
-                caches = (keys.transpose(1, 2), values.transpose(1, 2))
-                places: dict[str, Any] = {"slots": None, "head_dim": depth, "part_offsets": buffer.offsets}
-                place_projections(q[:, rows], k[:, rows], v[:, rows], norms, queries, *caches, eps=eps, **places)
-            buffer.barrier()
-            return buffer.own
-    # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
-    blocks = q.new_empty(ranks, batch, shares, 3, width)
-    queries, keys, values = blocks.permute(3, 1, 2, 0, 4).unbind()  # each [B, G·S, R, n·D]
+    share, depth = shares // segments, dim // heads
     norms = (q_weight, k_weight, cos, sin)
-    caches = (keys.transpose(1, 2), values.transpose(1, 2))
-    place_projections(q, k, v, norms, queries, *caches, slots=None, eps=eps, head_dim=depth)
-    return exchange_blocks(blocks.view(ranks, batch, segments, share, 3, heads // ranks, depth), tokens)
+    group = current_ranks(ranks)
+    buffer = _find_buffer(group, "to heads", (batch, segments * tokens, 3, heads // ranks, depth), q, tokens)
+    if buffer is None:
+        # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
+        blocks = q.new_empty(ranks, batch, shares, 3, dim // ranks)
+        _place((q, k, v), norms, blocks.permute(3, 1, 2, 0, 4), eps, depth)
+        return exchange_blocks(blocks.view(ranks, batch, segments, share, 3, heads // ranks, depth), tokens)
+    for segment in range(segments):
+        first = segment * tokens + group.index * share
+        own = buffer.own.flatten(3)[:, first : first + share].transpose(1, 2).transpose(0, 1)  # [3, B, S, n·D]
+        target = own.unsqueeze(3).expand(-1, -1, -1, ranks, -1)  # as if what goes to all ranks were here
+        rows = slice(segment * share, (segment + 1) * share)
+        own_norms = (q_weight, k_weight, cos[rows], sin[rows])
+        _place((q[:, rows], k[:, rows], v[:, rows]), own_norms, target, eps, depth, buffer.offsets)
+    buffer.barrier()
+    return buffer.own
 
 
 def launch_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor | None:
     """Run `token_ops.exchange_to_tokens`; None where ranks do not write into each other's memory."""
     batch, own_heads, everything, depth = x.shape
     tokens, width = everything // segments, own_heads * depth
-    if tokens % ranks or width % _ALIGNED:
-        return None
     group = current_ranks(ranks)
-    buffer = group.symmetric_buffer("to tokens", (batch, everything // ranks, ranks * width), x)
+    buffer = _find_buffer(group, "to tokens", (batch, everything // ranks, ranks, own_heads, depth), x, tokens)
     if buffer is None:
         return None
     rows = x.transpose(1, 2).reshape(batch, everything, width)  # a view of what attention writes
-    own = buffer.own[:, :, group.index * width :]
+    own = buffer.own[:, :, group.index]
     send_tokens_kernel[(everything, batch)](
         *(rows, own, buffer.offsets, *rows.stride()[:2], *own.stride()[:2], tokens, tokens // ranks),
         WIDTH=width,
@@ -78,4 +70,29 @@ def launch_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> tor
         num_warps=2,
     )
     buffer.barrier()
-    return buffer.own.view(batch, everything // ranks, ranks * own_heads, depth).transpose(1, 2)
+    return buffer.own.flatten(2, 3).transpose(1, 2)
+
+
+def _find_buffer(
+    group: Ranks, use: str, shape: tuple[int, ...], like: torch.Tensor, tokens: int
+) -> SymmetricBuffer | None:
+    """Return a buffer of heads [..., n, D] to store into; None where ranks write into none, or not so."""
+    stores = tokens % group.size == 0 and shape[-2] * shape[-1] % _ALIGNED == 0
+    return group.symmetric_buffer(use, shape, like) if stores else None
+
+
+def _place(
+    projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    norms: Norms,
+    target: torch.Tensor,
+    eps: float,
+    head_dim: int,
+    part_offsets: torch.Tensor | None = None,
+) -> None:
+    """Write queries and keys, normalised and rotated, and values [B, L, N·D] into `target`, [3, B, L, R, n·D]."""
+    queries, keys, values = target.unbind()
+    caches = (keys.transpose(1, 2), values.transpose(1, 2))
+    q, k, v = projections
+    place_projections(
+        *(q, k, v, norms, queries, *caches), slots=None, eps=eps, head_dim=head_dim, part_offsets=part_offsets
+    )

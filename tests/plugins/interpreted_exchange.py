@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from causal_forcing.plugins.kernels import exchange_launch
-from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
+from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer, view_buffers
 
 
 class SharedMemory:
@@ -34,9 +34,7 @@ class SharedMemory:
         def symmetric_buffer(use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer:
             if self.buffers is None:
                 self.buffers = torch.full((self.size, *shape), float("nan"), dtype=like.dtype)
-            own = self.buffers[index]
-            offsets = (torch.arange(self.size) - index) * own.numel()
-            return SymmetricBuffer(own=own, offsets=offsets, barrier=lambda: None)
+            return view_buffers(self.buffers[index], self.buffers.unbind(), lambda: None)
 
         return SimpleNamespace(size=self.size, index=index, symmetric_buffer=symmetric_buffer)
 

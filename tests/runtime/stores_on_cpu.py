@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from causal_forcing.plugins import ranks, token_ops  # noqa: F401  # registers the ops
-from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
+from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer, view_buffers
 
 
 def exchange_by_stores_on_cpu(folder: Path) -> None:
@@ -28,9 +28,8 @@ def exchange_by_stores_on_cpu(folder: Path) -> None:
             elements = torch.Size(shape).numel()
             path = str(folder / name)
             memory = torch.from_file(path, shared=True, size=group.size * elements, dtype=like.dtype)
-            own = memory.view(group.size, *shape)[group.index]
-            offsets = (torch.arange(group.size) - group.index) * elements
-            made[name] = SymmetricBuffer(own=own, offsets=offsets, barrier=dist.barrier)
+            buffers = memory.view(group.size, *shape)
+            made[name] = view_buffers(buffers[group.index], buffers.unbind(), dist.barrier)
         return made[name]
 
     setattr(ranks.ProcessGroup, ranks.ProcessGroup.symmetric_buffer.__name__, symmetric_buffer)
