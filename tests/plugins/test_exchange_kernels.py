@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from causal_forcing.plugins.dit_ops import norm_rope
+from tests.triton_interpreter import interpret
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -60,13 +59,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         attended = torch.unflatten(q, 2, (ranks, -1, DEPTH)).unbind(2)  # each [B, G·L, n, D]
         to_tokens = [(attended[rank].contiguous().transpose(1, 2), ranks, segments) for rank in range(ranks)]
         cases += [("launch_projected_exchange", to_heads), ("launch_exchange_to_tokens", to_tokens)]
-    folder = tmp_path_factory.mktemp("exchange")
-    torch.save(cases, folder / "cases.pt")
     script = Path(__file__).with_name("interpreted_exchange.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    completed = subprocess.run(command, capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stderr
-    got = torch.load(folder / "results.pt", weights_only=True)
+    got = interpret(script, cases, tmp_path_factory.mktemp("exchange"))
     return {name: (got[2 * index], got[2 * index + 1]) for index, name in enumerate(CASES)}
 
 

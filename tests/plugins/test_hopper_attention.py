@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from causal_forcing.plugins.kernels import hopper_launch
+from tests import triton_interpreter
 
 try:
     hopper: Any = importlib.import_module("causal_forcing.plugins.kernels.hopper_attention")
@@ -129,8 +129,7 @@ def test_accepts_says_no_to_what_the_kernel_cannot_run(changes: dict[str, Any]) 
 @needs_triton
 def test_schedule_covers_all_work_once_and_evenly_and_its_pieces_combine() -> None:
     """In Triton's interpreter, and so in a process of its own."""
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4")
+    triton_interpreter.require()
     script = Path(__file__).with_name("interpreted_combine.py")
     finished = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import random
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from causal_forcing.plugins import reference
 from causal_forcing.plugins.contract import INPUTS, OUTPUTS
 from causal_forcing.plugins.kernels.tiles import PLAIN_SHARED_BYTES, find_tile
+from tests.triton_interpreter import interpret
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -92,15 +91,8 @@ CASES = [*RANDOM, *(poisoned(case) for case in RANDOM), *CHANCE, EMPTY]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """What the interpreted kernel gives for `CASES`."""
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4")
-    folder = tmp_path_factory.mktemp("kernel")
-    torch.save([(case.scale, case.tensors) for case in CASES], folder / "cases.pt")
-    script = Path(__file__).with_name("interpreted_kernel.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    loaded: list[Result] = torch.load(folder / "results.pt", weights_only=True)
+    script, cases = Path(__file__).with_name("interpreted_kernel.py"), [(case.scale, case.tensors) for case in CASES]
+    loaded: list[Result] = interpret(script, cases, tmp_path_factory.mktemp("kernel"))
     return loaded
 
 

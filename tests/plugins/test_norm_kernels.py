@@ -7,10 +7,7 @@ for the tests on a GPU.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 from causal_forcing.plugins import dit_ops, fp8_ops
+from tests.triton_interpreter import interpret
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -186,15 +184,8 @@ CASES: list[Case] = [*ADD_NORMS, *QUANTISED, *QUANTIZES, *PLACES, *CHANCE, *ROTA
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Result]:
     """What the interpreted kernels give, by the identity of the case."""
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 does not work with NumPy 2.4")
-    folder = tmp_path_factory.mktemp("kernels")
-    torch.save(CASES, folder / "cases.pt")
     script = Path(__file__).with_name("interpreted_norms.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    loaded = torch.load(folder / "results.pt", weights_only=True)
+    loaded = interpret(script, CASES, tmp_path_factory.mktemp("kernels"))
     return {id(case): result for case, result in zip(CASES, loaded, strict=True)}
 
 

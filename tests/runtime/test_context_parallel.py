@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import triton_interpreter
 from tests.parity.test_golden import GOLDEN, MANIFEST
 from tests.runtime.rank_process import ClipCase, make_clip, run_ranks
 
@@ -50,11 +51,13 @@ Made = dict[tuple[int, str], list[dict[str, Any]]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """What each rank made of each case."""
     results: Made = {}
-    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS | {CROSSED: ClipCase(crossed=True)} | STORED, 3: CASES[3]}.items():
+    stored = STORED if triton_interpreter.is_usable() else {}
+    for ranks, cases in {2: CASES[2] | GOLDEN_CLIPS | {CROSSED: ClipCase(crossed=True)} | stored, 3: CASES[3]}.items():
         folder = tmp_path_factory.mktemp("ranks")
         by_rank = run_ranks(list(cases.values()), ranks, folder)
         results |= {(ranks, name): list(clips) for name, clips in zip(cases, zip(*by_rank, strict=True), strict=True)}
-        assert bool(list(folder.glob("to-heads-*"))) == (ranks == 2), "a buffer is a file"
+        buffers = list(folder.glob("to-heads-*"))  # a buffer is a file
+        assert bool(buffers) == any(case.stores for case in cases.values())
     return results
 
 
@@ -72,6 +75,7 @@ def test_every_rank_has_the_clip_that_one_process_makes(ranks: int, name: str, m
 
 @pytest.mark.parametrize("name", STORED)
 def test_every_rank_has_that_clip_where_layers_exchange_by_stores(name: str, made: Made) -> None:
+    triton_interpreter.require()
     want = make_clip(STORED[name], 1)
     for got in made[2, name]:
         torch.testing.assert_close(got["latents"], want["latents"], atol=TOLERANCE, rtol=TOLERANCE)
