@@ -34,8 +34,11 @@ class Ranks(Protocol):
     def size(self) -> int:
         """How many there are."""
 
-    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Send block r of [size, …], contiguous, to rank r; returns what the ranks sent here, in their order."""
+    def exchange(self, blocks: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Send block r of [size, …] to rank r; returns what the ranks sent here, in their order.
+
+        Both are contiguous; `into` is where it goes, else it comes in a tensor of its own.
+        """
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:
         """Return the blocks […] of all ranks, [size, …]."""
@@ -62,9 +65,9 @@ class ProcessGroup:
     group: dist.ProcessGroup | None = None
     """That process group; None is the default one."""
 
-    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+    def exchange(self, blocks: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """See `Ranks.exchange`."""
-        received = torch.empty_like(blocks)
+        received = torch.empty_like(blocks) if into is None else into
         dist.all_to_all_single(received, blocks, group=self.group)
         return received
 
@@ -101,9 +104,9 @@ class Rehearsal:
     index: int = 0
     """See `Ranks`."""
 
-    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+    def exchange(self, blocks: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """See `Ranks.exchange`."""
-        return blocks.clone()
+        return blocks.clone() if into is None else into.copy_(blocks)
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:
         """See `Ranks.gather`."""

@@ -54,18 +54,27 @@ def _exchange_to_heads(
 ) -> torch.Tensor:
     batch, heads, shares, depth = q.shape
     share, own_heads = shares // segments, heads // ranks
-    # [R, B, G, S, 3, n, D]: what goes to a rank is one block, which comes out in the order of tokens.
-    blocks = q.new_empty(ranks, batch, segments, share, 3, own_heads, depth)
-    for index, x in enumerate((q, k, v)):
-        by_rank = torch.unflatten(torch.unflatten(x, 1, (ranks, own_heads)), 3, (segments, share))  # [B, R, n, G, S, D]
-        blocks[:, :, :, :, index].copy_(by_rank.permute(1, 0, 3, 4, 2, 5))
-    return exchange_blocks(blocks, tokens)
+    whole = q.new_empty(batch, segments * tokens, 3, own_heads, depth)
+    for segment in range(segments):
+        blocks = q.new_empty(ranks, batch, share, 3, own_heads, depth)
+        for index, x in enumerate((q, k, v)):
+            rows = x[:, :, segment * share : (segment + 1) * share]
+            blocks[:, :, :, index] = torch.unflatten(rows, 1, (ranks, own_heads)).permute(1, 0, 3, 2, 4)
+        exchange_segment(blocks, whole[:, segment * tokens : (segment + 1) * tokens])
+    return whole
 
 
-def exchange_blocks(blocks: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Send each rank its block of [R, B, G, S, 3, n, D]; returns what came here, [B, G·L, 3, n, D]."""
-    received = current_ranks(blocks.shape[0]).exchange(blocks).permute(1, 2, 0, 3, 4, 5, 6)  # [B, G, R, S, 3, n, D]
-    return received.flatten(2, 3)[:, :, :tokens].flatten(1, 2).contiguous()
+def exchange_segment(blocks: torch.Tensor, whole: torch.Tensor) -> None:
+    """Send each rank its block of [R, B, S, 3, n, D], one segment's; what comes here is put into `whole`, [B, L, …].
+
+    Segments are sent one by one: each arrives where it belongs, where all at once would have to be brought into order.
+    """
+    ranks, batch, share = blocks.shape[:3]
+    if batch == 1 and whole.shape[1] == ranks * share:
+        current_ranks(ranks).exchange(blocks, into=whole.view(blocks.shape))
+        return
+    received = current_ranks(ranks).exchange(blocks).transpose(0, 1)  # [B, R, S, 3, n, D]
+    whole.copy_(received.flatten(1, 2)[:, : whole.shape[1]])
 
 
 def _fake_exchange_to_heads(
@@ -78,8 +87,7 @@ def _fake_exchange_to_heads(
 exchange_to_heads = define_op("exchange_to_heads", _exchange_to_heads, fake=_fake_exchange_to_heads)
 """exchange_to_heads(q, k, v, ranks, segments, tokens): all tokens of this rank's heads, [B, G·L, 3, N/R, D] in memory.
 
-From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order. One chunk that is shared out
-evenly comes out as it was received.
+From this rank's tokens of all heads, each [B, N, G·S, D]; heads go to the ranks in order.
 """
 
 
@@ -126,13 +134,14 @@ def _exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Ten
     batch, own_heads, everything, depth = x.shape
     tokens = everything // segments
     share = share_of(tokens, ranks)
-    by_segment = torch.unflatten(x, 2, (segments, tokens))
-    if share * ranks > tokens:
-        by_segment = F.pad(by_segment, (0, 0, 0, share * ranks - tokens))
-    by_rank = torch.unflatten(by_segment, 3, (ranks, share))  # [B, n, G, R, S, D]
-    blocks = by_rank.permute(3, 0, 2, 4, 1, 5).contiguous()  # [R, B, G, S, n, D]
-    received = current_ranks(ranks).exchange(blocks).permute(1, 2, 3, 0, 4, 5)  # [B, G, S, R, n, D]
-    return received.reshape(batch, segments * share, ranks * own_heads, depth).transpose(1, 2)
+    received = x.new_empty(segments, ranks, batch, share, own_heads, depth)
+    for segment, attended in enumerate(x.chunk(segments, dim=2)):
+        if share * ranks > tokens:
+            attended = F.pad(attended, (0, 0, 0, share * ranks - tokens))
+        blocks = torch.unflatten(attended, 2, (ranks, share)).permute(2, 0, 3, 1, 4)  # [R, B, S, n, D]
+        current_ranks(ranks).exchange(blocks.contiguous(), into=received[segment])
+    by_token = received.permute(2, 0, 3, 1, 4, 5)  # [B, G, S, R, n, D]
+    return by_token.reshape(batch, segments * share, ranks * own_heads, depth).transpose(1, 2)
 
 
 def _fake_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:

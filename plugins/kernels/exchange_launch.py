@@ -9,7 +9,7 @@ from causal_forcing.plugins.kernels.exchange import send_tokens_kernel
 from causal_forcing.plugins.kernels.placement_launch import Norms, place_projections
 from causal_forcing.plugins.ranks import Ranks, current_ranks
 from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
-from causal_forcing.plugins.token_ops import exchange_blocks
+from causal_forcing.plugins.token_ops import exchange_segment
 
 _ALIGNED = 8
 """Elements that are stored at once, and must lie together."""
@@ -34,23 +34,26 @@ def launch_projected_exchange(
         return None
     batch, shares, dim = q.shape
     share, depth = shares // segments, dim // heads
-    norms = (q_weight, k_weight, cos, sin)
     group = current_ranks(ranks)
     buffer = _find_buffer(group, "to heads", (batch, segments * tokens, 3, heads // ranks, depth), q, tokens)
-    if buffer is None:
-        # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
-        blocks = q.new_empty(ranks, batch, shares, 3, dim // ranks)
-        _place((q, k, v), norms, blocks.permute(3, 1, 2, 0, 4), eps, depth)
-        return exchange_blocks(blocks.view(ranks, batch, segments, share, 3, heads // ranks, depth), tokens)
+    whole = q.new_empty(batch, segments * tokens, 3, heads // ranks, depth) if buffer is None else buffer.own
     for segment in range(segments):
-        first = segment * tokens + group.index * share
-        own = buffer.own.flatten(3)[:, first : first + share].transpose(1, 2).transpose(0, 1)  # [3, B, S, n·D]
-        target = own.unsqueeze(3).expand(-1, -1, -1, ranks, -1)  # as if what goes to all ranks were here
         rows = slice(segment * share, (segment + 1) * share)
-        own_norms = (q_weight, k_weight, cos[rows], sin[rows])
-        _place((q[:, rows], k[:, rows], v[:, rows]), own_norms, target, eps, depth, buffer.offsets)
-    buffer.barrier()
-    return buffer.own
+        projections = (q[:, rows], k[:, rows], v[:, rows])
+        norms = (q_weight, k_weight, cos[rows], sin[rows])
+        arrived = whole[:, segment * tokens : (segment + 1) * tokens]
+        if buffer is None:
+            # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
+            blocks = q.new_empty(ranks, batch, share, 3, heads // ranks, depth)
+            _place(projections, norms, blocks.flatten(4).permute(3, 1, 2, 0, 4), eps, depth)
+            exchange_segment(blocks, arrived)
+        else:
+            own = arrived.flatten(3)[:, group.index * share :][:, :share].permute(2, 0, 1, 3)  # [3, B, S, n·D]
+            target = own.unsqueeze(3).expand(-1, -1, -1, ranks, -1)  # as if what goes to all ranks were here
+            _place(projections, norms, target, eps, depth, buffer.offsets)
+    if buffer is not None:
+        buffer.barrier()
+    return whole
 
 
 def launch_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor | None:

@@ -73,7 +73,7 @@ class ThreadRank:
     blocks: list[Any]
     barrier: threading.Barrier
 
-    def exchange(self, blocks: torch.Tensor) -> torch.Tensor:
+    def exchange(self, blocks: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         raise AssertionError("the decoder exchanges nothing")
 
     def gather(self, block: torch.Tensor) -> torch.Tensor:

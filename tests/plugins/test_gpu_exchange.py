@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ import torch.multiprocessing as mp
 from causal_forcing.plugins import ranks
 from causal_forcing.plugins.dit_ops import norm_rope
 from causal_forcing.plugins.fused_op import register_fused_ops
+from tests.shared_gpu import share_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,10 +34,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def exchange(rank: int, folder: Path) -> None:
     """Be one of two ranks: exchange to heads and back in a graph, layer after layer, and check every pass."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    share_gpu(rank)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    mock.patch.object(ranks, "reach_each_other", return_value=True).start()  # they share a GPU, no peer of itself
     register_fused_ops()
     ours = torch.ops.causal_forcing
     device, share, dim = torch.device("cuda"), TOKENS // RANKS, HEADS * DEPTH

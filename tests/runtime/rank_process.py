@@ -39,6 +39,7 @@ from tests.parity import adapter
 from tests.parity.test_golden import GOLDEN, MANIFEST
 from tests.runtime.cuda_engine_process import WIDE
 from tests.runtime.stores_on_cpu import exchange_by_stores_on_cpu
+from tests.shared_gpu import share_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def spawn(function: Callable[..., None], ranks: int, *args: object) -> None:
 
 
 def run_ranks(cases: list[ClipCase], ranks: int, folder: Path, *, on_gpus: bool = False) -> list[list[dict[str, Any]]]:
-    """Make clips by so many processes, on CPUs or each on a GPU; returns what each rank made of each case."""
+    """Make clips by so many processes, on CPUs or on all GPUs in turn; returns what each rank made of each case."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0" if on_gpus else "1")
         spawn(_run, ranks, cases, ranks, folder, on_gpus)
@@ -171,9 +172,13 @@ def run_ranks(cases: list[ClipCase], ranks: int, folder: Path, *, on_gpus: bool 
 
 def _run(index: int, cases: list[ClipCase], ranks: int, folder: Path, on_gpus: bool) -> None:
     torch.set_num_threads(1)
-    device = f"cuda:{index}" if on_gpus else "cpu"
+    device = "cpu"
     if on_gpus:
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{index % gpus}"
         torch.cuda.set_device(device)
+        if gpus < ranks:
+            share_gpu(index)
     dist.init_process_group(
         "nccl" if on_gpus else "gloo",
         init_method=f"file://{folder / f'{ranks}.store'}",

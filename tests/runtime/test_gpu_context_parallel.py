@@ -1,4 +1,7 @@
-"""Two GPUs make the clip that one makes: stores and collectives in captured graphs, and the kernels between them."""
+"""Two ranks make the clip that one makes: stores and collectives in captured graphs, and the kernels between them.
+
+Each on a GPU of its own, or both on the only one, where NCCL sends through sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from tests.runtime.rank_process import ClipCase, make_clip, run_ranks
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 SMALL = {"pixel_height": 64, "pixel_width": 96, "window_frames": 9}
@@ -32,7 +35,7 @@ CASES = {
 """Clips, and the error allowed relative to the latents' norm."""
 
 
-def test_two_gpus_make_the_clip_that_one_makes(tmp_path: Path) -> None:
+def test_two_ranks_make_the_clip_that_one_makes(tmp_path: Path) -> None:
     by_rank = run_ranks([case for case, _ in CASES.values()], 2, tmp_path, on_gpus=True)
     for index, (name, (case, tolerance)) in enumerate(CASES.items()):
         want = make_clip(case, 1, device="cuda")
