@@ -49,9 +49,12 @@ class Ranks(Protocol):
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> SymmetricBuffer | None:
         """Return the buffer of a use, shape and type, on the device of `like`; None where ranks write into none.
 
-        What it holds stays until it is written again. Between two times that a use is written lies another exchange
-        among all ranks: who came there has read what it got before.
+        What it holds stays until it is written again. Between two times that a use is written all ranks meet once
+        more, in another exchange or by `meet`: who came there has read what it got before.
         """
+
+    def meet(self, like: torch.Tensor) -> None:
+        """Wait until all ranks have come here, where they write into buffers on the device of `like`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,12 @@ class ProcessGroup:
             buffers[key] = make_symmetric_buffer(shape, like, group)
         return buffers[key]
 
+    def meet(self, like: torch.Tensor) -> None:
+        """See `Ranks.meet`."""
+        buffer = self.symmetric_buffer("meeting", (1,), like)
+        if buffer is not None:
+            buffer.barrier()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
@@ -117,6 +126,9 @@ class Rehearsal:
 
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> None:
         """See `Ranks.symmetric_buffer`."""
+
+    def meet(self, like: torch.Tensor) -> None:
+        """See `Ranks.meet`."""
 
 
 _rehearsal = contextvars.ContextVar[Rehearsal | None]("rehearsal", default=None)

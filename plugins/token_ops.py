@@ -23,7 +23,9 @@ def share_of(tokens: int, ranks: int) -> int:
 
 def _own_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor:
     tokens = x.shape[1] // segments
-    share, rank = share_of(tokens, ranks), current_ranks(ranks).index
+    group = current_ranks(ranks)
+    group.meet(x)  # a pass begins: the one before may have ended with keys and values, which nothing follows
+    share, rank = share_of(tokens, ranks), group.index
     padded = F.pad(torch.unflatten(x, 1, (segments, tokens)), (0, 0, 0, share * ranks - tokens))
     return padded[:, :, rank * share : (rank + 1) * share].flatten(1, 2).clone()
 

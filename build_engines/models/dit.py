@@ -74,7 +74,8 @@ class CausalDiT(nn.Module):
         """Return the RoPE phases [L, D/2] of the tokens that `embed` gives."""
         if self.split is None:
             return cos, sin
-        return self.split.own(cos[None])[0], self.split.own(sin[None])[0]
+        cos, sin = self.split.own(torch.stack((cos, sin))).unbind()
+        return cos, sin
 
     def unpatchify(self, patches: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         """Arrange patches [B, L, p·p·C], channel fastest, in the shape of `latent` [B, F, C, h, w]; on every rank."""

@@ -89,6 +89,9 @@ class ThreadRank:
     def symmetric_buffer(self, use: str, shape: Sequence[int], like: torch.Tensor) -> None:
         raise AssertionError("the decoder's ranks do not write into each other's memory")
 
+    def meet(self, like: torch.Tensor) -> None:
+        raise AssertionError("the decoder's ranks meet nowhere else")
+
 
 @pytest.fixture
 def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], T]], list[T]]:

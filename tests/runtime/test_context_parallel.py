@@ -34,10 +34,15 @@ CASES = {
 
 STORED = {
     "by stores, as tapes": ClipCase(
-        slug="tiny", blocks=2, geometry={"pixel_height": 32, "pixel_width": 48}, backend="cuda", stores=True
+        slug="tiny",
+        blocks=3,
+        geometry={"pixel_height": 32, "pixel_width": 48, "window_frames": 6},
+        backend="cuda",
+        stores=True,
     ),
 }
-"""6 tokens a frame; context passes and the denoising passes that follow are one, over two segments."""
+"""6 tokens a frame. The first context pass is one with the denoising pass that follows, over two segments; then the
+window is full, and the second one is by itself."""
 
 GOLDEN_CLIPS = {name: ClipCase(golden=name) for name in ("dit_b_local6_sink1_chunkwise",)}
 """Passes over a window with a sink."""
