@@ -40,6 +40,9 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory  # alpha: met by those alone who use it
 
+    # Torch 2.11 puts all buffers' addresses into memory that was freed on this stream, at once and not in the stream's
+    # order: what the stream has still to do must not be written there afterwards.
+    torch.cuda.current_stream(like.device).synchronize()
     try:
         own = symmetric_memory.empty(*shape, dtype=like.dtype, device=like.device)
         handle = symmetric_memory.rendezvous(own, group)
