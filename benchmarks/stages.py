@@ -1,6 +1,7 @@
 """Time every network of an engine by itself, and hold it to the floor that its counted work has on the device.
 
-Passes of the DiT are timed with the cache filled to the first chunk, to the half, and to its end.
+Passes of the DiT are timed with the cache filled to the first chunk, to the half, and to its end. Of an engine for
+several ranks, one is timed alone: copies stand in for what the others would send.
 
     python -m benchmarks.stages --engine FOLDER
 """
@@ -23,9 +24,11 @@ from benchmarks.statistics import percentiles, significant
 from benchmarks.subject import add_engine_arguments, engine_folder, peer_job
 from benchmarks.timing import time_calls
 from benchmarks.work import Work, count_work, find_rates
+from causal_forcing.plugins.ranks import rehearse
 from causal_forcing.runtime.engine import Engine, IOTensors
 from causal_forcing.runtime.geometry import Geometry
 from causal_forcing.runtime.loading import EngineSet, load_engines
+from causal_forcing.runtime.manifest import read_manifest
 
 
 def main() -> None:
@@ -38,24 +41,34 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         folder, _ = engine_folder(arguments, Path(root))
-        engines = load_engines(folder, device=arguments.device)
-        device, config = engines.device, engines.manifest.config
-        io_tensors = bind_random_tensors(engines)
-        work = {
-            fill: count_work(peer_job(folder, str(device)), config, fill * config.geometry.tokens_per_frame)
-            for fill in fills(config.geometry)
-        }
-        networks = [
-            entry
-            for name, engine in all_engines(engines, io_tensors)
-            for entry in time_network(name, engine, io_tensors, arguments, engines, work)
-        ]
+        ranks = read_manifest(folder).config.context_parallel
+        with rehearse(ranks):
+            record, device = measure(arguments, folder)
+    slug = device_slug(device)
+    write_record(record, arguments.output, device=slug if ranks == 1 else f"one-of-{ranks}x-{slug}")
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], torch.device]:
+    """Time the networks of an engine; returns the record, and the device that they ran on."""
+    engines = load_engines(folder, device=arguments.device)
+    device, config = engines.device, engines.manifest.config
+    io_tensors = bind_random_tensors(engines)
+    work = {
+        fill: count_work(peer_job(folder, str(device)), config, fill * config.geometry.tokens_per_frame)
+        for fill in fills(config.geometry)
+    }
+    networks = [
+        entry
+        for name, engine in all_engines(engines, io_tensors)
+        for entry in time_network(name, engine, io_tensors, arguments, engines, work)
+    ]
     rates = find_rates(describe_machine(device)["device"], config.precision)
     record = {
         "benchmark": "stages",
         "conditions": {
             "commit": arguments.commit,
             **describe_engine(config),
+            **({"ranks": config.context_parallel} if config.context_parallel > 1 else {}),
             **describe_machine(device),
             "inputs": "random",
             "warm_ups": arguments.warm_ups,
@@ -64,7 +77,7 @@ def main() -> None:
         },
         "networks": networks,
     }
-    write_record(record, arguments.output, device=device_slug(device))
+    return record, device
 
 
 def fills(geometry: Geometry) -> list[int]:

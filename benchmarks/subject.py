@@ -56,7 +56,7 @@ def engine_folder(arguments: argparse.Namespace, root: Path) -> tuple[Path, floa
 
 
 def peer_job(folder: Path, device: str, backend: str = "torch") -> BuildJob:
-    """Return the job of another backend, or of torch modules, that does what an engine does: same sizes, no fp8.
+    """Return the job of another backend, or of torch modules, for an engine's sizes and ranks; without fp8.
 
     Weights are those of the engine where it has random ones; else they are random too, which costs no less time.
     """
@@ -79,4 +79,5 @@ def _peer_options(config: EngineConfig, seed: int, device: str, backend: str) ->
         sink_frames=geometry.sink_frames,
         decoder=config.decoder,
         random_weights=seed,
+        context_parallel=config.context_parallel,
     )

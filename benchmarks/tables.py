@@ -89,13 +89,15 @@ def stages_table(folder: Path) -> str:
     header = ("slug, device", "engine's network", "cache filled to", "median", "work", "rate", "floor", "of the floor")
     rows = []
     for record in read_records("stages", folder):
-        conditions, decoder = record["conditions"], decoder_words(record["conditions"])
+        conditions = record["conditions"]
+        alone = [f"one of {conditions['ranks']} ranks"] if "ranks" in conditions else []
+        how = (f"{conditions['backend']} {conditions['precision']}", *decoder_words(conditions), *alone)
         for entry in record["networks"]:
             work = sum(entry.get("gflop", {}).values()) / 1000
             filled = entry.get("window_frames_filled")
             rows.append(
                 (
-                    ", ".join((subject(record), f"{conditions['backend']} {conditions['precision']}", *decoder)),
+                    ", ".join((subject(record), *how)),
                     f"`{entry['network']}`",
                     "–" if filled is None else f"{filled} latent frames",
                     ms(entry["ms"]["p50"]),

@@ -120,6 +120,17 @@ def test_a_tiny_decoder_is_named_beside_the_precision_but_not_upstreams(results:
     assert "| `latency`: some-slug, some-backend, bf16, taehv |" in text
 
 
+def test_networks_of_one_of_several_ranks_are_named_so(results: Path, tmp_path: Path) -> None:
+    kept = results / "stages.json"
+    record = json.loads(kept.read_text())
+    record["conditions"]["ranks"] = 4
+    kept.write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: stages -->\n<!-- end -->\n")
+    assert render("--results", results, page).returncode == 0
+    assert "some-backend bf16, one of 4 ranks | `dit_step` |" in page.read_text()
+
+
 def test_clips_of_several_ranks_stand_beside_those_of_one_and_by_stores_where_they_were_made(
     results: Path, tmp_path: Path
 ) -> None:

@@ -169,14 +169,37 @@ def test_attention_times_what_is_here_and_says_why_not_elsewhere(tmp_path: Path)
         assert "unavailable" in kernels["hopper"], "no CPU has it"
 
 
-def test_context_parallel_makes_the_same_clip_by_two_ranks_and_by_one(tmp_path: Path) -> None:
-    for ranks in (1, 2):
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Engines of one model for one rank and for two."""
+    folders = {ranks: tmp_path_factory.mktemp("engine") / str(ranks) for ranks in (1, 2)}
+    for ranks, folder in folders.items():
         options = EngineOptions(
             slug="tiny", backend="torch", pixel_height=32, pixel_width=48, random_weights=0, context_parallel=ranks
         )
-        build(dataclasses.replace(make_job(options, device="cpu"), parts=("dit", "vae")), tmp_path / str(ranks))
+        build(dataclasses.replace(make_job(options, device="cpu"), parts=("dit", "vae")), folder)
+    return folders
+
+
+def test_stages_of_one_of_two_ranks_have_half_the_work_of_a_pass(by_ranks: dict[int, Path], tmp_path: Path) -> None:
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for ranks, folder in by_ranks.items():
+        counts = ("--warm-ups", "0", "--repeats", "1")
+        record = run_to_record("stages", tmp_path / str(ranks), "--engine", str(folder), *counts)
+        assert record["conditions"].get("ranks", 1) == ranks
+        steps[ranks] = [entry for entry in record["networks"] if entry["network"] == "dit_step"]
+    assert (tmp_path / "2" / "stages-tiny-torch-one-of-2x-cpu.json").exists()
+    for whole, part in zip(steps[1], steps[2], strict=True):
+        assert part["ms"]["p50"] > 0
+        for kind in ("linear", "attention"):
+            assert part["gflop"][kind] == pytest.approx(whole["gflop"][kind] / 2, rel=1e-3)
+
+
+def test_context_parallel_makes_the_same_clip_by_two_ranks_and_by_one(
+    by_ranks: dict[int, Path], tmp_path: Path
+) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = ["-m", "benchmarks.context_parallel", "--engine", str(tmp_path / "2"), "--single", str(tmp_path / "1")]
+    program = ["-m", "benchmarks.context_parallel", "--engine", str(by_ranks[2]), "--single", str(by_ranks[1])]
     counts = ["--device", "cpu", "--total-blocks", "2", "--repeats", "1", "--output", str(tmp_path / "records")]
     command = [*launcher, *program, *counts]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
