@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 
 
+class MemoryNotMappedError(RuntimeError):
+    """The driver or the container does not let processes map each other's GPU memory."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymmetricBuffer:
     """One rank's view of the buffers that all ranks have, of one shape."""
@@ -36,7 +40,7 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
         group: Its ranks' GPUs reach each other's memory, see `reach_each_other`.
 
     Raises:
-        RuntimeError: The driver or the container does not let processes map each other's memory.
+        MemoryNotMappedError: See there.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory  # alpha: met by those alone who use it
 
@@ -47,7 +51,7 @@ def make_symmetric_buffer(shape: Sequence[int], like: torch.Tensor, group: dist.
         own = symmetric_memory.empty(*shape, dtype=like.dtype, device=like.device)
         handle = symmetric_memory.rendezvous(own, group)
     except RuntimeError as error:
-        raise RuntimeError(f"ranks cannot map each other's GPU memory ({error}): exchange by collectives") from error
+        raise MemoryNotMappedError(f"ranks cannot map each other's GPU memory ({error})") from error
     buffers = [handle.get_buffer(rank, own.shape, own.dtype) for rank in range(handle.world_size)]
     return view_buffers(own, buffers, handle.barrier)
 

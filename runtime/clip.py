@@ -17,11 +17,11 @@ from causal_forcing.runtime import console
 from causal_forcing.runtime.clip_request import ClipRequest, check_request, image_sha256
 from causal_forcing.runtime.clip_writer import ClipWriter
 from causal_forcing.runtime.engine_lookup import build_engine, find_or_build
-from causal_forcing.runtime.environment import LaunchedRank, rank_exchange
+from causal_forcing.runtime.environment import LaunchedRank
 from causal_forcing.runtime.errors import EngineDamagedError
 from causal_forcing.runtime.generation_progress import GenerationProgress
 from causal_forcing.runtime.manifest import check_files, read_manifest
-from causal_forcing.runtime.rank_process import decisive
+from causal_forcing.runtime.rank_process import chosen_exchange, decisive
 from causal_forcing.runtime.record import ClipRecord
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def make_clip(request: ClipRequest, place: LaunchedRank | None = None) -> ClipRe
 
 def _make_clip_together(request: ClipRequest, place: LaunchedRank, image: npt.NDArray[np.float32] | None) -> ClipRecord:
     """Make one rank's part of a clip; rank 0 alone looks for the engine, writes and talks."""
-    from causal_forcing.plugins.ranks import exchanging_by_stores
     from causal_forcing.runtime.process_group import joined, rank_device
 
     with joined(place) as group:
@@ -75,7 +74,7 @@ def _make_clip_together(request: ClipRequest, place: LaunchedRank, image: npt.ND
         request = dataclasses.replace(request, device=rank_device(request.device, place))
         folder = group.share(lambda: _sound_engine(request))
         group.connect(request.device)
-        with exchanging_by_stores(rank_exchange() == "stores"):
+        with chosen_exchange():
             return _generate(request, folder, image, group)
 
 

@@ -23,7 +23,7 @@ from causal_forcing.runtime.environment import (
     package_version,
     rank_exchange,
 )
-from causal_forcing.runtime.errors import RanksEndedError, UsageError
+from causal_forcing.runtime.errors import BackendUnavailableError, RanksEndedError, UsageError
 from causal_forcing.runtime.interruption import heeded
 
 if TYPE_CHECKING:
@@ -64,6 +64,23 @@ def check_rank_device(device: str) -> None:
     """
     if device.startswith("cuda:"):
         raise UsageError(f"--device {device} is one GPU, and each rank takes its own: use --device cuda")
+
+
+@contextlib.contextmanager
+def chosen_exchange() -> Iterator[None]:
+    """Let ranks hand each other data inside as the user chose.
+
+    Raises:
+        BackendUnavailableError: This machine does not let them.
+    """
+    from causal_forcing.plugins.ranks import exchanging_by_stores
+    from causal_forcing.plugins.symmetric_buffer import MemoryNotMappedError
+
+    try:
+        with exchanging_by_stores(rank_exchange() == "stores"):
+            yield
+    except MemoryNotMappedError as error:
+        raise BackendUnavailableError(f"{error}: unset {EXCHANGE_VARIABLE}, and they use collectives") from error
 
 
 def decisive(request: ClipRequest, image_sha256: str | None) -> dict[str, object]:
