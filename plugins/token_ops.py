@@ -7,6 +7,8 @@ the cache of its own heads and nothing but the chunk ever travels.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -56,27 +58,41 @@ def _exchange_to_heads(
 ) -> torch.Tensor:
     batch, heads, shares, depth = q.shape
     share, own_heads = shares // segments, heads // ranks
-    whole = q.new_empty(batch, segments * tokens, 3, own_heads, depth)
-    for segment in range(segments):
-        blocks = q.new_empty(ranks, batch, share, 3, own_heads, depth)
+
+    def fill(blocks: torch.Tensor, rows: slice) -> None:
         for index, x in enumerate((q, k, v)):
-            rows = x[:, :, segment * share : (segment + 1) * share]
-            blocks[:, :, :, index] = torch.unflatten(rows, 1, (ranks, own_heads)).permute(1, 0, 3, 2, 4)
-        exchange_segment(blocks, whole[:, segment * tokens : (segment + 1) * tokens])
-    return whole
+            blocks[:, :, :, index] = torch.unflatten(x[:, :, rows], 1, (ranks, own_heads)).permute(1, 0, 3, 2, 4)
+
+    return exchange_segments(fill, q, (ranks, batch, share, 3, own_heads, depth), segments, tokens)
 
 
-def exchange_segment(blocks: torch.Tensor, whole: torch.Tensor) -> None:
-    """Send each rank its block of [R, B, S, 3, n, D], one segment's; what comes here is put into `whole`, [B, L, …].
+def exchange_segments(
+    fill: Callable[[torch.Tensor, slice], None], like: torch.Tensor, shape: Sequence[int], segments: int, tokens: int
+) -> torch.Tensor:
+    """Send each rank its tokens of every segment, one by one: each arrives where it belongs, and nothing is reordered.
 
-    Segments are sent one by one: each arrives where it belongs, where all at once would have to be brought into order.
+    Args:
+        fill: Writes what goes to each rank, [R, B, S, …] of `shape`, of these rows of this rank's tokens.
+        like: Gives type and device.
+        shape: The same for all segments.
+        segments: G.
+        tokens: L of a segment, of which S are this rank's, padding included.
+
+    Returns:
+        What came here, [B, G·L, …].
     """
-    ranks, batch, share = blocks.shape[:3]
-    if batch == 1 and whole.shape[1] == ranks * share:
-        current_ranks(ranks).exchange(blocks, into=whole.view(blocks.shape))
-        return
-    received = current_ranks(ranks).exchange(blocks).transpose(0, 1)  # [B, R, S, 3, n, D]
-    whole.copy_(received.flatten(1, 2)[:, : whole.shape[1]])
+    ranks, batch, share, *rest = shape
+    group = current_ranks(ranks)
+    whole = like.new_empty(batch, segments * tokens, *rest)
+    for segment in range(segments):
+        blocks = like.new_empty(shape)
+        fill(blocks, slice(segment * share, (segment + 1) * share))
+        arrived = whole[:, segment * tokens : (segment + 1) * tokens]
+        if batch == 1 and tokens == ranks * share:
+            group.exchange(blocks, into=arrived.view(blocks.shape))
+        else:
+            arrived.copy_(group.exchange(blocks).transpose(0, 1).flatten(1, 2)[:, :tokens])
+    return whole
 
 
 def _fake_exchange_to_heads(

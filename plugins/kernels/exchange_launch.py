@@ -6,10 +6,10 @@ import torch
 import triton
 
 from causal_forcing.plugins.kernels.exchange import send_tokens_kernel
-from causal_forcing.plugins.kernels.placement_launch import Norms, place_projections
+from causal_forcing.plugins.kernels.placement_launch import place_projections
 from causal_forcing.plugins.ranks import Ranks, current_ranks
 from causal_forcing.plugins.symmetric_buffer import SymmetricBuffer
-from causal_forcing.plugins.token_ops import exchange_segment
+from causal_forcing.plugins.token_ops import exchange_segments
 
 _ALIGNED = 8
 """Elements that are stored at once, and must lie together."""
@@ -33,27 +33,33 @@ def launch_projected_exchange(
     if any(tensor.stride(2) != 1 for tensor in (q, k, v)):
         return None
     batch, shares, dim = q.shape
-    share, depth = shares // segments, dim // heads
-    group = current_ranks(ranks)
-    buffer = _find_buffer(group, "to heads", (batch, segments * tokens, 3, heads // ranks, depth), q, tokens)
-    whole = q.new_empty(batch, segments * tokens, 3, heads // ranks, depth) if buffer is None else buffer.own
-    for segment in range(segments):
-        rows = slice(segment * share, (segment + 1) * share)
-        projections = (q[:, rows], k[:, rows], v[:, rows])
+    share, depth, own_heads = shares // segments, dim // heads, heads // ranks
+
+    def place(target: torch.Tensor, rows: slice, part_offsets: torch.Tensor | None = None) -> None:
+        """Write these rows, queries and keys normalised and rotated, into [3, B, S, R, n·D]."""
+        queries, keys, values = target.unbind()
+        caches = (keys.transpose(1, 2), values.transpose(1, 2))
         norms = (q_weight, k_weight, cos[rows], sin[rows])
-        arrived = whole[:, segment * tokens : (segment + 1) * tokens]
-        if buffer is None:
-            # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
-            blocks = q.new_empty(ranks, batch, share, 3, heads // ranks, depth)
-            _place(projections, norms, blocks.flatten(4).permute(3, 1, 2, 0, 4), eps, depth)
-            exchange_segment(blocks, arrived)
-        else:
-            own = arrived.flatten(3)[:, group.index * share :][:, :share].permute(2, 0, 1, 3)  # [3, B, S, n·D]
-            target = own.unsqueeze(3).expand(-1, -1, -1, ranks, -1)  # as if what goes to all ranks were here
-            _place(projections, norms, target, eps, depth, buffer.offsets)
-    if buffer is not None:
-        buffer.barrier()
-    return whole
+        projections = (q[:, rows], k[:, rows], v[:, rows])
+        place_projections(
+            *(*projections, norms, queries, *caches), slots=None, eps=eps, head_dim=depth, part_offsets=part_offsets
+        )
+
+    def fill(blocks: torch.Tensor, rows: slice) -> None:
+        # What goes to a rank is one block, in which a token's own heads of q, k and v follow each other.
+        place(blocks.flatten(4).permute(3, 1, 2, 0, 4), rows)
+
+    group = current_ranks(ranks)
+    buffer = _find_buffer(group, "to heads", (batch, segments * tokens, 3, own_heads, depth), q, tokens)
+    if buffer is None:
+        return exchange_segments(fill, q, (ranks, batch, share, 3, own_heads, depth), segments, tokens)
+    for segment in range(segments):
+        first = segment * tokens + group.index * share
+        own = buffer.own.flatten(3)[:, first : first + share].permute(2, 0, 1, 3)  # [3, B, S, n·D]
+        target = own.unsqueeze(3).expand(-1, -1, -1, ranks, -1)  # as if what goes to all ranks were here
+        place(target, slice(segment * share, (segment + 1) * share), buffer.offsets)
+    buffer.barrier()
+    return buffer.own
 
 
 def launch_exchange_to_tokens(x: torch.Tensor, ranks: int, segments: int) -> torch.Tensor | None:
@@ -82,20 +88,3 @@ def _find_buffer(
     """Return a buffer of heads [..., n, D] to store into; None where ranks write into none, or not so."""
     stores = tokens % group.size == 0 and shape[-2] * shape[-1] % _ALIGNED == 0
     return group.symmetric_buffer(use, shape, like) if stores else None
-
-
-def _place(
-    projections: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    norms: Norms,
-    target: torch.Tensor,
-    eps: float,
-    head_dim: int,
-    part_offsets: torch.Tensor | None = None,
-) -> None:
-    """Write queries and keys, normalised and rotated, and values [B, L, N·D] into `target`, [3, B, L, R, n·D]."""
-    queries, keys, values = target.unbind()
-    caches = (keys.transpose(1, 2), values.transpose(1, 2))
-    q, k, v = projections
-    place_projections(
-        *(q, k, v, norms, queries, *caches), slots=None, eps=eps, head_dim=head_dim, part_offsets=part_offsets
-    )
