@@ -58,7 +58,7 @@ def batch(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def results(batch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what each rank got, by launcher and case."""
-    cases = []
+    cases: list[tuple[str, bool, Any]] = []
     for ranks, heads, segments, tokens, stores in CASES.values():
         q, k, v, q_weight, k_weight, cos, sin = make_projections(ranks, heads, segments, tokens, batch)
         to_heads = []
