@@ -1,11 +1,13 @@
-"""Tables of clips that several ranks make together."""
+"""Tables of several ranks: clips that they make together, and what one of them computes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cells import GB, ms, percentiles, spread, subject, table
-from benchmarks.records import read_records
+from benchmarks.cells import GB, Record, ms, percentiles, spread, subject, table
+from benchmarks.records import decoder_words, read_records
+from causal_forcing.runtime.schedule import plan_variant
+from causal_forcing.runtime.variant import find_variant
 
 
 def context_parallel_table(folder: Path) -> str:
@@ -57,3 +59,38 @@ def context_parallel_ratios_table(folder: Path) -> str:
         if run is not None
     ]
     return table(header, rows)
+
+
+def one_of_ranks_table(folder: Path) -> str:
+    """Return the passes of one of several ranks, timed alone, beside those of one that makes clips by itself."""
+    header = (
+        "slug, device, precision", "ranks", "denoising pass", "context and denoising pass in one", "decoding a chunk",
+        "AR step", "of one rank's",
+    )  # fmt: skip
+    records = read_records("stages", folder)
+    divided = {_what(record) for record in records if "ranks" in record["conditions"]}
+    by_ranks = {
+        (_what(record), record["conditions"].get("ranks", 1)): _step_parts(record)
+        for record in records
+        if _what(record) in divided
+    }
+    rows = []
+    for (what, ranks), (*parts, step) in sorted(by_ranks.items()):
+        whole = by_ranks.get((what, 1))
+        share = "–" if ranks == 1 or whole is None else f"{step / whole[-1]:.0%}"
+        rows.append((what, str(ranks), *map(ms, parts), ms(step), share))
+    return table(header, rows)
+
+
+def _what(record: Record) -> str:
+    conditions = record["conditions"]
+    return ", ".join((subject(record), conditions["precision"], *decoder_words(conditions)))
+
+
+def _step_parts(record: Record) -> tuple[float, float, float, float]:
+    """Return milliseconds at a full window: a pass, a pass of two segments, decoding, and the AR step of these."""
+    full = {entry["network"]: entry["ms"]["p50"] for entry in record["networks"]}  # the last entry is the fullest
+    denoise, decode = full["dit_step"], full["vae_decoder"]
+    both = full["dit_context_step"] if "dit_context_step" in full else denoise + full["dit_context"]
+    passes = len(plan_variant(find_variant(record["conditions"]["slug"])).chunk)
+    return denoise, both, decode, (passes - 1) * denoise + both + decode

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cells import GB, MIB, Record, ms, percentiles, spread, subject, table
-from benchmarks.rank_tables import context_parallel_ratios_table, context_parallel_table
+from benchmarks.rank_tables import context_parallel_ratios_table, context_parallel_table, one_of_ranks_table
 from benchmarks.records import RESULTS, decoder_words, read_records
 
 
@@ -85,13 +85,14 @@ def latency_stages_table(folder: Path) -> str:
 
 
 def stages_table(folder: Path) -> str:
-    """Return every network by itself, beside its counted work and its floor."""
+    """Return every network by itself, beside its counted work and its floor; not those of one of several ranks."""
     header = ("slug, device", "engine's network", "cache filled to", "median", "work", "rate", "floor", "of the floor")
     rows = []
     for record in read_records("stages", folder):
         conditions = record["conditions"]
-        alone = [f"one of {conditions['ranks']} ranks"] if "ranks" in conditions else []
-        how = (f"{conditions['backend']} {conditions['precision']}", *decoder_words(conditions), *alone)
+        if "ranks" in conditions:
+            continue
+        how = (f"{conditions['backend']} {conditions['precision']}", *decoder_words(conditions))
         for entry in record["networks"]:
             work = sum(entry.get("gflop", {}).values()) / 1000
             filled = entry.get("window_frames_filled")
@@ -172,7 +173,7 @@ def conditions_table(folder: Path) -> str:
         for record in read_records(benchmark, folder):
             conditions = record["conditions"]
             words = [conditions[key] for key in ("slug", "backend", "precision") if key in conditions]
-            subject = ", ".join((*words, *decoder_words(conditions)))
+            subject = ", ".join((*words, *decoder_words(conditions), *_ranks(benchmark, conditions)))
             versions = [
                 f"{name.replace('_', '-')} {conditions[name]}"
                 for name in ("driver", "torch", "cudnn", "nccl", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -210,6 +211,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "plan-builds": plan_builds_table,
     "context-parallel": context_parallel_table,
     "context-parallel-ratios": context_parallel_ratios_table,
+    "one-of-ranks": one_of_ranks_table,
     "conditions": conditions_table,
 }
 """By the name in their markers."""
@@ -228,6 +230,11 @@ def _precision(record: Record, run: Record) -> str:
     """Return a run's precision, and its decoder where that is not the usual one; upstream knows no other."""
     decoder = [] if run["name"] == "upstream" else decoder_words(record["conditions"])
     return ", ".join((run["precision"], *decoder))
+
+
+def _ranks(benchmark: str, conditions: Record) -> list[str]:
+    of = "one of " if benchmark == "stages" else ""
+    return [f"{of}{conditions['ranks']} ranks"] if "ranks" in conditions else []
 
 
 def _kernel(figures: Record) -> str:
