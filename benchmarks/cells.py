@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.records import decoder_words
+
 Record = dict[str, Any]
 NONE_YET = "No run of this kind is kept yet."
 GB, MIB = 10**9, 2**20
@@ -22,6 +24,14 @@ def subject(record: Record) -> str:
     geometry = conditions["geometry"]
     size = f"{geometry['pixel_height']}×{geometry['pixel_width']}"
     return f"`{conditions['slug']}`, {size}, {conditions['device']}"
+
+
+def engine_subject(record: Record) -> str:
+    """Name what a record is of, and the engine: its backend, its precision, a decoder that is not the usual one."""
+    conditions = record["conditions"]
+    return ", ".join(
+        (subject(record), f"{conditions['backend']} {conditions['precision']}", *decoder_words(conditions))
+    )
 
 
 def ms(milliseconds: float) -> str:

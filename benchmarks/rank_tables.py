@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cells import GB, Record, ms, percentiles, spread, subject, table
-from benchmarks.records import decoder_words, read_records
+from benchmarks.cells import GB, Record, engine_subject, ms, percentiles, spread, subject, table
+from benchmarks.records import read_records
 from causal_forcing.runtime.schedule import plan_variant
 from causal_forcing.runtime.variant import find_variant
 
@@ -64,15 +64,15 @@ def context_parallel_ratios_table(folder: Path) -> str:
 def one_of_ranks_table(folder: Path) -> str:
     """Return the passes of one of several ranks, timed alone, beside those of one that makes clips by itself."""
     header = (
-        "slug, device, precision", "ranks", "denoising pass", "context and denoising pass in one", "decoding a chunk",
+        "slug, device, engine", "ranks", "denoising pass", "context and denoising pass in one", "decoding a chunk",
         "AR step", "of one rank's",
     )  # fmt: skip
     records = read_records("stages", folder)
-    divided = {_what(record) for record in records if "ranks" in record["conditions"]}
+    divided = {engine_subject(record) for record in records if "ranks" in record["conditions"]}
     by_ranks = {
-        (_what(record), record["conditions"].get("ranks", 1)): _step_parts(record)
+        (engine_subject(record), record["conditions"].get("ranks", 1)): _step_parts(record)
         for record in records
-        if _what(record) in divided
+        if engine_subject(record) in divided
     }
     rows = []
     for (what, ranks), (*parts, step) in sorted(by_ranks.items()):
@@ -80,11 +80,6 @@ def one_of_ranks_table(folder: Path) -> str:
         share = "–" if ranks == 1 or whole is None else f"{step / whole[-1]:.0%}"
         rows.append((what, str(ranks), *map(ms, parts), ms(step), share))
     return table(header, rows)
-
-
-def _what(record: Record) -> str:
-    conditions = record["conditions"]
-    return ", ".join((subject(record), conditions["precision"], *decoder_words(conditions)))
 
 
 def _step_parts(record: Record) -> tuple[float, float, float, float]:

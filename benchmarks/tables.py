@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.cells import GB, MIB, Record, ms, percentiles, spread, subject, table
+from benchmarks.cells import GB, MIB, Record, engine_subject, ms, percentiles, spread, subject, table
 from benchmarks.rank_tables import context_parallel_ratios_table, context_parallel_table, one_of_ranks_table
 from benchmarks.records import RESULTS, decoder_words, read_records
 
@@ -89,16 +89,14 @@ def stages_table(folder: Path) -> str:
     header = ("slug, device", "engine's network", "cache filled to", "median", "work", "rate", "floor", "of the floor")
     rows = []
     for record in read_records("stages", folder):
-        conditions = record["conditions"]
-        if "ranks" in conditions:
+        if "ranks" in record["conditions"]:
             continue
-        how = (f"{conditions['backend']} {conditions['precision']}", *decoder_words(conditions))
         for entry in record["networks"]:
             work = sum(entry.get("gflop", {}).values()) / 1000
             filled = entry.get("window_frames_filled")
             rows.append(
                 (
-                    ", ".join((subject(record), *how)),
+                    engine_subject(record),
                     f"`{entry['network']}`",
                     "–" if filled is None else f"{filled} latent frames",
                     ms(entry["ms"]["p50"]),

@@ -123,30 +123,36 @@ def test_a_tiny_decoder_is_named_beside_the_precision_but_not_upstreams(results:
 def test_what_one_of_several_ranks_computes_stands_beside_one_that_is_alone(results: Path, tmp_path: Path) -> None:
     record = json.loads((results / "stages.json").read_text())
     slug = "causal-forcing-wan2.1-t2v-1.3b-chunkwise"  # four denoising passes, the first together with a context pass
-    for ranks, denoise, both, decode in ((1, 20.0, 50.0, 10.0), (12, 2.0, 5.0, 2.0), (4, 5.0, 15.0, 3.0)):
+    for backend, ranks, denoise, both, decode in (
+        ("cuda", 1, 20.0, 50.0, 10.0),
+        ("cuda", 12, 2.0, 5.0, 2.0),
+        ("cuda", 4, 5.0, 15.0, 3.0),
+        ("torch", 4, 50.0, 150.0, 30.0),
+    ):
         times = {"dit_step": denoise, "dit_context_step": both, "vae_decoder": decode}
         empty = [{"network": "dit_step", "ms": percentiles(1.0), "window_frames_filled": 3}]
+        conditions = record["conditions"] | {"slug": slug, "backend": backend}
         kept = {
             **record,
-            "conditions": record["conditions"] | {"slug": slug} | ({"ranks": ranks} if ranks > 1 else {}),
+            "conditions": conditions | ({"ranks": ranks} if ranks > 1 else {}),
             "networks": empty + [{"network": name, "ms": percentiles(value)} for name, value in times.items()],
         }
-        (results / f"stages-{ranks}.json").write_text(json.dumps(kept))
+        (results / f"stages-{backend}-{ranks}.json").write_text(json.dumps(kept))
     page = tmp_path / "page.md"
     names = ("one-of-ranks", "stages", "conditions")
     page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names))
     assert render("--results", results, page).returncode == 0
     text = page.read_text()
-    cells = [
-        line.partition("GPU, bf16 | ")[2] for line in text.splitlines() if f"`{slug}`, 480×832, Some GPU, bf16" in line
-    ]
-    assert cells == [
-        "1 | 20 ms | 50 ms | 10 ms | 120 ms | – |",
-        "4 | 5 ms | 15 ms | 3 ms | 33 ms | 28% |",
-        "12 | 2 ms | 5 ms | 2 ms | 13 ms | 11% |",
+    _, _, *rows = text.partition("\n<!-- end -->")[0].splitlines()[1:]
+    subject = f"| `{slug}`, 480×832, Some GPU, "
+    assert [row.removeprefix(subject) for row in rows] == [
+        "cuda bf16 | 1 | 20 ms | 50 ms | 10 ms | 120 ms | – |",
+        "cuda bf16 | 4 | 5 ms | 15 ms | 3 ms | 33 ms | 28% |",
+        "cuda bf16 | 12 | 2 ms | 5 ms | 2 ms | 13 ms | 11% |",
+        "torch bf16 | 4 | 50 ms | 150 ms | 30 ms | 330 ms | – |",
     ]
     assert text.count("| `dit_step` |") == 3, "of one rank alone, twice, and of the other record"
-    assert f"| `stages`: {slug}, some-backend, bf16, one of 4 ranks |" in text
+    assert f"| `stages`: {slug}, cuda, bf16, one of 4 ranks |" in text
 
 
 def test_clips_of_several_ranks_stand_beside_those_of_one_and_by_stores_where_they_were_made(

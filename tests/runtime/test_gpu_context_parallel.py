@@ -29,18 +29,21 @@ CASES = {
     "fp32, exchanged by stores": replace(FP32, stores=True),
     "bf16, exchanged by stores": replace(BF16, stores=True),
 }
-TOLERANCE = 1e-4
-"""Of fp32, relative to the norm of what one rank makes. In bf16 products of fewer rows round elsewhere: what two ranks
-make is as far from fp32 as what one makes, within `LEEWAY`."""
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
+"""Relative to the norm of what one rank makes. In bf16 products of fewer rows round elsewhere: what two ranks make is
+also as far from fp32 as what one makes, within `LEEWAY`."""
 
 
 def test_two_ranks_make_the_clip_that_one_makes(tmp_path: Path) -> None:
     by_rank = run_ranks(list(CASES.values()), 2, tmp_path, on_gpus=True)
     for index, (name, case) in enumerate(CASES.items()):
         one = make_clip(case, 1, device="cuda")
-        exact = one if case.precision == "fp32" else make_clip(replace(case, precision="fp32"), 1, device="cuda")
+        exact = make_clip(replace(case, precision="fp32"), 1, device="cuda") if case.precision == "bf16" else None
         for clips in by_rank:
             for kind in ("latents", "pixels"):
-                limit = TOLERANCE if exact is one else LEEWAY * relative_error(one[kind], exact[kind])
-                error = relative_error(clips[index][kind], exact[kind])
-                assert error <= limit, f"{name}: {kind} are {error:.1e} off, {limit:.1e} allowed"
+                got = clips[index][kind]
+                error = relative_error(got, one[kind])
+                assert error < TOLERANCES[case.precision], f"{name}: {kind} are {error:.1e} off"
+                if exact is not None:
+                    error, limit = relative_error(got, exact[kind]), LEEWAY * relative_error(one[kind], exact[kind])
+                    assert error <= limit, f"{name}: {kind} are {error:.1e} from fp32, {limit:.1e} allowed"
